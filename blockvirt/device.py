@@ -1,0 +1,108 @@
+"""The seam between protocols and volumes: what an NBD session may ask of a volume, and nothing else.
+
+The embedded engine answers the ``*_now`` verbs on the event loop, without a task, a future, a thread or a lock; a
+distributed engine answers None/False there and implements the async verbs. Offsets and lengths are bytes; callers
+have checked them against ``size_bytes``.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Protocol
+
+
+class ExtentState(IntFlag):
+    """What ``extents`` says of a range; the values are those of NBD's ``base:allocation`` context."""
+
+    DATA = 0
+    HOLE = 1
+    ZERO = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of ``length_bytes`` in one state."""
+
+    length_bytes: int
+    state: ExtentState
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a volume handle offers. ``multi_conn`` promises that a flush on one connection covers all of them."""
+
+    read_only: bool = False
+    multi_conn: bool = True
+    fast_zero: bool = True
+
+
+class VolumeHandle(Protocol):
+    """One client's open handle on a volume."""
+
+    size_bytes: int
+    block_bytes: int
+    """Preferred I/O size: the chunk size."""
+    capabilities: Capabilities
+    lost: "asyncio.Future[None]"
+    """Done when the volume was fenced, moved or dropped: close the connection, send no reply."""
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` from ``offset`` if that cannot block; False means: use ``read``."""
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Write ``data`` at ``offset`` if that cannot block; False means: use ``write``.
+
+        True obliges the caller to call ``settle`` before it sends any reply and before it lets the loop run.
+        """
+
+    def settle(self) -> None:
+        """Make everything written by ``write_now`` since the last call survive the death of this process.
+
+        One journal append for a whole batch; nothing at all where no map entry changed. Raises VolumeStopped.
+        """
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into`` from ``offset``."""
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Write ``data`` at ``offset``. When it returns the write survives SIGKILL; with ``fua`` also power loss."""
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool = False, fua: bool = False) -> None:
+        """Make a range read as zeros. ``punch`` lets it become unmapped; without it space is allocated for all of it.
+
+        With ``fast`` raises NotSupported at once where zeroing would be no faster than writing.
+        """
+
+    async def flush(self) -> None:
+        """Return when every write that was replied to before the call, on any connection, survives power loss (I3)."""
+
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        """Describe the range in order, from ``offset`` on: at least one extent, neighbours merged, never beyond it."""
+
+    async def close(self) -> None:
+        """Let go of the volume after what is in flight. Idempotent."""
+
+
+class ExportDirectory(Protocol):
+    """Where a server finds what a client names."""
+
+    def names(self) -> Sequence[str]:
+        """Return the names that NBD_OPT_LIST shows."""
+
+    async def describe(self, name: str) -> "ExportInfo":
+        """Return what NBD_OPT_INFO says of an export; raises NotFound."""
+
+    async def open(self, name: str, session_id: str) -> VolumeHandle:
+        """Open an export for one session; raises NotFound, VolumeStopped, ShuttingDown and others of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What a client may know of an export before it opens it."""
+
+    name: str
+    description: str
+    size_bytes: int
+    block_bytes: int
+    capabilities: Capabilities

@@ -1,0 +1,1 @@
+"""The metadata room: record formats, the LMDB store, offline check. The only room that imports lmdb."""

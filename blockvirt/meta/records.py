@@ -1,0 +1,187 @@
+"""Catalogue records: what they hold, and how they are stored.
+
+A stored record is ``version byte | JSON | CRC-32C``; the CRC covers the key as well as the value, so that a record
+that turns up under another's key is found out. Map records (leaves) have a binary form of their own in
+``lun.leaf``. Pure: no I/O.
+"""
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from blockvirt.checksum import crc32c
+from blockvirt.errors import DamagedRecord, MetadataFault
+
+RECORD_VERSION = 1
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRecord:
+    """The pool itself: one record."""
+
+    id: str
+    format_version: int
+    chunk_bytes: int
+    created_s: float
+    epoch: int
+    """The last epoch handed out; the next branch head or snapshot takes epoch + 1."""
+    next_branch: int
+    next_file: int
+    overcommit_ratio: float = 10.0
+    near_ratio: float = 0.80
+    """Used / capacity at which health turns to "near"."""
+    brake_ratio: float = 0.90
+    """Used / capacity at which no new volume is created and none grown."""
+    clean_shutdown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """A directory on a disk, given to the pool."""
+
+    id: str
+    name: str
+    path: str
+    added_s: float
+    limit_bytes: int | None = None
+    """Use at most so much of the filesystem; None: all of it."""
+    reserve_bytes: int = 0
+    """Leave so much of the filesystem free."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """A volume: what a consumer allocated."""
+
+    id: str
+    name: str
+    size_bytes: int
+    branch: int
+    created_s: float
+    revision: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    placement_devices: tuple[str, ...] = ()
+    """Names of devices that may hold its data; empty: any."""
+    placement_labels: dict[str, str] = field(default_factory=dict)
+    """Kept for devices with labels: all of these must match."""
+    deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BranchRecord:
+    """One linear history of a volume's map."""
+
+    number: int
+    volume_id: str
+    head_epoch: int
+    """Epoch that the head writes in; 0: the branch has no head."""
+    origin_branch: int = 0
+    """0: no origin."""
+    origin_epoch: int = 0
+    covered_generation: int = 0
+    """Journal generations up to this one are in the map."""
+    journal_chain: int = 0
+    """Chain CRC at the end of the covered generation: seeds the next."""
+    mapped_chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A backing file: chunks are appended to it, addresses in it are never reused."""
+
+    number: int
+    branch: int
+    device_id: str
+    used_chunks: int = 0
+    """High-water mark: chunk numbers below it have been handed out."""
+    live_chunks: int = 0
+    """How many of them some map entry names."""
+    sealed: bool = False
+    """No chunk is appended any more (rotated)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """A consumer of logical units: a VM or a hypervisor."""
+
+    id: str
+    name: str
+    created_s: float
+    revision: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """A logical unit: a volume as one host sees it, under a number."""
+
+    id: str
+    host_id: str
+    number: int
+    volume_id: str
+    created_s: float
+    deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyRecord:
+    """What was answered to a request with an Idempotency-Key."""
+
+    key: str
+    request_sha256: str
+    status: int
+    body: str
+    location: str
+    created_s: float
+
+
+Record = (
+    PoolRecord | DeviceRecord | VolumeRecord | BranchRecord | FileRecord | HostRecord | UnitRecord | IdempotencyRecord
+)
+R = TypeVar("R", bound=Record)
+
+
+def seal(key: bytes, payload: bytes) -> bytes:
+    """Return ``payload`` with the CRC-32C over ``key`` and ``payload`` behind it."""
+    return payload + _CRC.pack(crc32c(payload, crc32c(key)))
+
+
+def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
+    """Return the payload of a sealed value; raises DamagedRecord if its checksum does not fit its key and bytes."""
+    payload = stored[:-4]
+    if len(stored) < 5 or crc32c(payload, crc32c(key)) != _CRC.unpack(stored[-4:])[0]:
+        raise DamagedRecord(
+            f"the metadata record of {what} is damaged (key {key.hex()})",
+            cause="its CRC-32C does not match",
+            correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back the newest intact copy",
+            what=what,
+        )
+    return payload
+
+
+def encode(key: bytes, record: Record) -> bytes:
+    """Return the stored form of a catalogue record under ``key``."""
+    body = json.dumps(asdict(record), separators=(",", ":"), sort_keys=True).encode()
+    return seal(key, bytes([RECORD_VERSION]) + body)
+
+
+def decode(cls: type[R], key: bytes, stored: bytes) -> R:
+    """Return the record stored under ``key``; raises DamagedRecord, or MetadataFault for a newer record version."""
+    what = f"{cls.__name__.removesuffix('Record').lower()} {key.hex()}"
+    payload = unseal(key, stored, what=what)
+    if payload[0] != RECORD_VERSION:
+        raise MetadataFault(
+            f"{what} has record version {payload[0]}, this blockvirt reads {RECORD_VERSION}",
+            correction="use the blockvirt version that wrote it, or a newer one",
+        )
+    values: dict[str, Any] = json.loads(payload[1:])
+    known = {f.name for f in fields(cls)}
+    if unknown := values.keys() - known:
+        raise MetadataFault(f"{what} has unknown fields {sorted(unknown)}", correction="use a newer blockvirt")
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return cls(**values)
