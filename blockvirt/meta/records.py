@@ -49,6 +49,8 @@ class DeviceRecord:
     """Use at most so much of the filesystem; None: all of it."""
     reserve_bytes: int = 0
     """Leave so much of the filesystem free."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What volumes can ask for in their placement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class VolumeRecord:
     placement_devices: tuple[str, ...] = ()
     """Names of devices that may hold its data; empty: any."""
     placement_labels: dict[str, str] = field(default_factory=dict)
-    """Kept for devices with labels: all of these must match."""
+    """Only devices that carry all of these labels may hold its data; empty: any."""
     deleting: bool = False
 
 
@@ -82,8 +84,10 @@ class BranchRecord:
     origin_epoch: int = 0
     covered_generation: int = 0
     """Journal generations up to this one are in the map."""
+    covered_sequence: int = 0
+    """Number of the last frame of the covered generations."""
     journal_chain: int = 0
-    """Chain CRC at the end of the covered generation: seeds the next."""
+    """CRC that the next generation's first frame continues from."""
     mapped_chunks: int = 0
 
 
