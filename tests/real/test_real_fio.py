@@ -1,0 +1,100 @@
+"""fio writes checksummed blocks and reads them back: in flight, over several connections, with trims, after SIGKILL.
+
+The kill tests are those of I3b: fio remembers which writes were answered (`verify_state_save`), the trigger kills the
+server while many are in flight, and the verify-only run after the restart demands every one of them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.real.clients import FIO_VERIFY, ClientFailed, fio, qemu_io
+from tests.real.peers import ForgetfulQemuNbd, LyingQemuNbd
+from tests.real.process import ServerProcess
+from tests.real.requirements import require_tools
+
+MIB = 1 << 20
+
+MANY_IN_FLIGHT = ("--rw=randwrite", "--bs=4k", "--iodepth=32")
+RANDOM_WRITES = ("--name=v", *MANY_IN_FLIGHT, "--size=64M", "--verify=crc32c", *FIO_VERIFY)
+VERIFY_ONLY = ("--verify_only=1", "--verify_state_load=1")
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    require_tools("fio", "qemu-io")
+
+
+def test_pipelined_random_writes(server: ServerProcess, tmp_path: Path) -> None:
+    fio(server, tmp_path, *RANDOM_WRITES, "--do_verify=1", "--verify_backlog=1024")
+
+
+def test_every_block_size_and_alignment(server: ServerProcess, tmp_path: Path) -> None:
+    sizes = ("--bsrange=512-128k", "--blockalign=512", "--verify=md5", "--fsync=32")
+    fio(server, tmp_path, "--name=v", "--rw=randrw", "--size=32M", "--iodepth=16", *sizes, *FIO_VERIFY)
+
+
+def test_four_connections_at_once(server: ServerProcess, tmp_path: Path) -> None:
+    apart = ("--numjobs=4", "--offset_increment=64M", "--size=24M")
+    what = ("--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--verify=crc32c", "--do_verify=1", "--fdatasync=64")
+    fio(server, tmp_path, "--name=v", *apart, *what, *FIO_VERIFY)
+
+
+def test_four_connections_inside_the_same_chunks(server: ServerProcess, tmp_path: Path) -> None:
+    # Interleaved by 4 KiB: each job writes every fourth block, so all four change each 64 KiB chunk.
+    jobs: list[str] = []
+    for job in range(4):
+        jobs += [f"--name=j{job}", f"--offset={job * 4}k", "--rw=write:12k", "--bs=4k", "--size=16M", "--io_size=4M"]
+        jobs += ["--iodepth=8", "--verify=crc32c", "--do_verify=1", *FIO_VERIFY]
+    fio(server, tmp_path, *jobs)
+
+
+def test_trimmed_blocks_read_as_zeros(server: ServerProcess, tmp_path: Path) -> None:
+    trims = ("--trim_percentage=30", "--trim_backlog=16", "--trim_verify_zero=1", "--verify_backlog=256")
+    fio(server, tmp_path, *RANDOM_WRITES, *trims, "--do_verify=1")
+
+
+def test_a_block_zeroed_behind_its_back_is_noticed(server: ServerProcess, tmp_path: Path) -> None:
+    fio(server, tmp_path, *RANDOM_WRITES, "--do_verify=0", "--verify_state_save=1")
+    fio(server, tmp_path, *RANDOM_WRITES, *VERIFY_ONLY)
+    qemu_io(server, f"write -z {20 * MIB} 4k")
+    with pytest.raises(ClientFailed, match="verify"):
+        fio(server, tmp_path, *RANDOM_WRITES, *VERIFY_ONLY)
+
+
+def crash_while_fio_writes(server: ServerProcess, directory: Path, *options: str) -> None:
+    """SIGKILL the server a second into fio's writes (by fio's trigger), restart it, and demand every answered write."""
+    # At this rate the 256 MiB take over two seconds, so the trigger comes in the middle of them on any machine.
+    job = (*RANDOM_WRITES, "--size=256M", *options)
+    save = ("--rate_iops=30000", "--do_verify=0", "--verify_state_save=1")
+    fio(server, directory, *job, *save, "--trigger-timeout=1", f"--trigger=kill -9 {server.pid}")
+    server.reap()
+    server.start()
+    report = directory / "verified.json"
+    fio(server, directory, *job, *VERIFY_ONLY, "--output-format=json", f"--output={report}")
+    (done,) = json.loads(report.read_text())["jobs"]
+    assert done["read"]["total_ios"] > 1000, "fio had nothing to verify"
+
+
+def test_sigkill_loses_no_answered_write(server: ServerProcess, tmp_path: Path) -> None:
+    crash_while_fio_writes(server, tmp_path)
+
+
+def test_sigkill_between_flushes_loses_no_answered_write(server: ServerProcess, tmp_path: Path) -> None:
+    crash_while_fio_writes(server, tmp_path, "--fsync=50")
+
+
+def test_sigkill_of_a_server_that_forgets_is_noticed(
+    control: Callable[[Callable[[], ServerProcess]], ServerProcess], tmp_path: Path
+) -> None:
+    with pytest.raises(ClientFailed, match="verify"):
+        crash_while_fio_writes(control(ForgetfulQemuNbd), tmp_path)
+
+
+def test_sigkill_of_a_server_that_lies_about_flushes_is_noticed(
+    control: Callable[[Callable[[], ServerProcess]], ServerProcess], tmp_path: Path
+) -> None:
+    with pytest.raises(ClientFailed, match="verify"):
+        crash_while_fio_writes(control(LyingQemuNbd), tmp_path, "--fsync=50")
