@@ -42,18 +42,7 @@ IMPURE_LIBRARIES = {"asyncio", "os", "time", "random", "secrets", "socket", "thr
 
 VOCABULARY = {
     f"blockvirt.{name}"
-    for name in [
-        "checksum",
-        "clock",
-        "device",
-        "errors",
-        "ids",
-        "limits",
-        "notify",
-        "syscalls",
-        "tasks",
-        "units",
-    ]  # one body, no rooms
+    for name in ("checksum", "clock", "device", "errors", "ids", "limits", "notify", "syscalls", "tasks", "units")
 }
 # Parts of the vocabulary that touch the world: not for pure modules. device.py names asyncio.Future as a type only.
 IMPURE_VOCABULARY = {"blockvirt.clock", "blockvirt.notify", "blockvirt.syscalls", "blockvirt.tasks"}
