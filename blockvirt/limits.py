@@ -31,6 +31,9 @@ MAX_DIRTY_LEAVES = 4_096  # bounds a freeze to a few ms and a checkpoint to ~17 
 LEAF_CACHE_BYTES = 64 * MIB  # resident leaves of all volumes: the hot map of ~480 GiB
 METADATA_RESERVE_BYTES = 64 * MIB  # next checkpoint and deletions; preallocated behind LMDB's last page
 LMDB_MAP_START_BYTES = 1 * GIB  # address space only; grows by doubling
+LMDB_MAP_MAX_BYTES = 8 * TIB  # address space; the leaves of 1 EiB of chunks in one version
+STORE_GROUP_CHANGES = 64  # changes that share one synced transaction
+STORE_WAITING_CHANGES = 1_024  # changes that wait for the writer thread; more callers wait before the queue
 METADATA_COPY_INTERVAL_S = 3_600.0
 METADATA_COPIES_PER_DEVICE = 2
 
