@@ -143,3 +143,33 @@ class NotSupported(BlockvirtError):
     """The operation cannot be done here, or not as fast as was demanded (NBD FAST_ZERO)."""
 
     code, nbd_errno, http_status = "not-supported", errno.ENOTSUP, 501
+
+
+class BodyTooLarge(BlockvirtError):
+    """An HTTP body beyond ``limits.API_MAX_BODY_BYTES``."""
+
+    code, nbd_errno, http_status = "body-too-large", errno.EINVAL, 413
+
+
+class WrongMediaType(BlockvirtError):
+    """An HTTP body that is not declared as JSON; browsers can send such ones without asking."""
+
+    code, nbd_errno, http_status = "unsupported-media-type", errno.EINVAL, 415
+
+
+class ForeignOrigin(BlockvirtError):
+    """An HTTP request that a browser sent on behalf of some other site."""
+
+    code, nbd_errno, http_status = "foreign-origin", errno.EPERM, 403
+
+
+class MethodNotAllowed(BlockvirtError):
+    """The HTTP resource exists, but not with this method."""
+
+    code, nbd_errno, http_status = "method-not-allowed", errno.EINVAL, 405
+
+
+class OperationPending(BlockvirtError):
+    """The same request, under the same Idempotency-Key, is still running."""
+
+    code, nbd_errno, http_status, retryable = "operation-pending", errno.EBUSY, 409, True
