@@ -1,0 +1,83 @@
+"""What may be asked of the catalogue: the requests, and the checks of their form that need no transaction."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from blockvirt.errors import InvalidRequest, InvalidSize, LimitReached, NotFound
+from blockvirt.limits import MAX_LABEL_CHARS, MAX_LABELS, MAX_VOLUME_BYTES, SECTOR_BYTES
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import DeviceRecord
+from blockvirt.meta.store import Reader
+from blockvirt.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class NewVolume:
+    """A volume to create; a size is enough."""
+
+    size_bytes: int
+    name: str | None = None
+    """None: a name is made up, ``vol-`` and 8 hexadecimal digits."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    placement_devices: tuple[str, ...] = ()
+    placement_labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeChange:
+    """What to change of a volume; None leaves a thing as it is. Labels are replaced as a whole."""
+
+    name: str | None = None
+    size_bytes: int | None = None
+    labels: Mapping[str, str] | None = None
+
+
+def round_size(size_bytes: int) -> int:
+    """Return ``size_bytes`` rounded up to whole sectors; raises InvalidSize for 0 and for more than is possible."""
+    if size_bytes <= 0:
+        raise InvalidSize(
+            f"a volume cannot have {size_bytes} bytes", correction=f"ask for {SECTOR_BYTES} bytes or more"
+        )
+    if size_bytes > MAX_VOLUME_BYTES:
+        raise InvalidSize(
+            f"a volume cannot have {size_bytes} bytes",
+            cause=f"a volume has at most {MAX_VOLUME_BYTES} bytes ({format_size(MAX_VOLUME_BYTES)})",
+            correction="ask for less, or for several volumes",
+            would_fit_bytes=MAX_VOLUME_BYTES,
+        )
+    return -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Return if ``labels`` are few and short enough; raises LimitReached or InvalidRequest."""
+    if len(labels) > MAX_LABELS:
+        raise LimitReached(f"{len(labels)} labels are too many", correction=f"give at most {MAX_LABELS}")
+    for key, value in labels.items():
+        if not key or len(key) > MAX_LABEL_CHARS or len(value) > MAX_LABEL_CHARS:
+            raise InvalidRequest(
+                f"the label {key[:40]!r} cannot be kept",
+                correction=f"keys have 1 to {MAX_LABEL_CHARS} characters, values at most {MAX_LABEL_CHARS}",
+            )
+
+
+def check_placement(reader: Reader, devices: tuple[str, ...], labels: Mapping[str, str]) -> None:
+    """Return if some device of the pool satisfies the placement; raises NotFound or InvalidRequest."""
+    if not devices and not labels:
+        return
+    check_labels(labels)
+    known = {}
+    for key, _ in reader.scan(Table.DEVICES):
+        record = reader.record(DeviceRecord, Table.DEVICES, key)
+        if record is not None:
+            known[record.name] = record
+    for name in devices:
+        if name not in known:
+            raise NotFound(
+                f"the pool has no device {name!r}", correction=f"its devices are: {', '.join(sorted(known))}"
+            )
+    candidates = [known[name] for name in devices] if devices else list(known.values())
+    if not any(labels.items() <= record.labels.items() for record in candidates):
+        raise InvalidRequest(
+            f"no device carries the labels {dict(labels)}",
+            correction="see the labels of the devices with 'blockvirt device list -o json'",
+        )

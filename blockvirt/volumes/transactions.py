@@ -1,0 +1,118 @@
+"""The catalogue's metadata transactions: each function runs inside one transaction, in the store's writer thread."""
+
+import secrets
+from dataclasses import replace
+
+from blockvirt.errors import DamagedRecord, Exists, InUse, LimitReached, MetadataFault, NotFound, PreconditionFailed
+from blockvirt.ids import is_id
+from blockvirt.limits import MAX_VOLUMES
+from blockvirt.meta.keys import POOL_KEY, Table, number_key, unit_key
+from blockvirt.meta.records import BranchRecord, PoolRecord, VolumeRecord
+from blockvirt.meta.store import Reader, Writer
+
+
+class Overtaken(Exception):
+    """What a decision was based on changed before its transaction: decide again."""
+
+
+def pool_record(reader: Reader) -> PoolRecord:
+    """Return the record of the pool; raises MetadataFault where there is none, DamagedRecord where it is damaged."""
+    pool = reader.record(PoolRecord, Table.POOL, POOL_KEY)
+    if pool is None:
+        raise MetadataFault(
+            "the metadata store holds no pool",
+            correction="start the daemon with a state directory that it created, or with an empty one",
+        )
+    return pool
+
+
+def locate(reader: Reader, name_or_id: str) -> tuple[str, str]:
+    """Return (id, name) of the volume that a user means; raises NotFound. The name of a damaged one is its id."""
+    if is_id(name_or_id):
+        plain = name_or_id.replace("-", "")
+        volume_id = "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+        try:
+            record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+        except DamagedRecord:
+            return volume_id, volume_id
+        if record is not None and not record.deleting:
+            return volume_id, record.name
+    elif (stored := reader.get(Table.VOLUME_NAMES, name_or_id.encode())) is not None:
+        return stored.decode(errors="replace"), name_or_id
+    raise NotFound(f"there is no volume {name_or_id!r}", correction="'blockvirt volume list' shows what there is")
+
+
+def check_revision(volume: VolumeRecord, expected: int | None) -> None:
+    """Return if a volume has the expected revision (None: any); raises PreconditionFailed."""
+    if expected is not None and volume.revision != expected:
+        raise PreconditionFailed(
+            f"volume {volume.name!r} is at revision {volume.revision}, not {expected}",
+            cause="it was changed since you read it",
+            correction="read it again and repeat the request with its new ETag",
+            revision=volume.revision,
+        )
+
+
+def insert(writer: Writer, wanted: VolumeRecord) -> VolumeRecord:
+    """Store a new volume with its first branch and return it as stored; raises Overtaken where its name is taken.
+
+    The branch number and the epoch of its head come from the pool record, in this transaction.
+    """
+    pool = pool_record(writer)
+    if writer.count(Table.VOLUMES) >= MAX_VOLUMES:
+        raise LimitReached(
+            f"the pool has {MAX_VOLUMES} volumes, which is the most it may have",
+            correction="delete volumes that nobody needs, or use a second pool",
+        )
+    name = wanted.name
+    while not name:
+        candidate = f"vol-{secrets.token_hex(4)}"
+        name = "" if writer.get(Table.VOLUME_NAMES, candidate.encode()) else candidate
+    if writer.get(Table.VOLUME_NAMES, name.encode()) is not None:
+        raise Overtaken
+    record = replace(wanted, name=name, branch=pool.next_branch)
+    branch = BranchRecord(number=pool.next_branch, volume_id=record.id, head_epoch=pool.epoch + 1)
+    writer.put_record(Table.POOL, POOL_KEY, replace(pool, next_branch=pool.next_branch + 1, epoch=pool.epoch + 1))
+    writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
+    writer.put_record(Table.VOLUMES, record.id.encode(), record)
+    writer.put(Table.VOLUME_NAMES, name.encode(), record.id.encode())
+    return record
+
+
+def update(writer: Writer, before: VolumeRecord, after: VolumeRecord) -> VolumeRecord:
+    """Store a change and return it with its new revision; raises Overtaken, or Exists where the new name is taken."""
+    if writer.record(VolumeRecord, Table.VOLUMES, before.id.encode()) != before:
+        raise Overtaken
+    if after.name != before.name:
+        if writer.get(Table.VOLUME_NAMES, after.name.encode()) is not None:
+            raise Exists(f"there is a volume {after.name!r} already", correction="choose another name")
+        writer.delete(Table.VOLUME_NAMES, before.name.encode())
+        writer.put(Table.VOLUME_NAMES, after.name.encode(), before.id.encode())
+    after = replace(after, revision=before.revision + 1)
+    writer.put_record(Table.VOLUMES, after.id.encode(), after)
+    return after
+
+
+def flag_deleted(writer: Writer, volume_id: str, *, expected_revision: int | None, remove_units: bool) -> VolumeRecord:
+    """Flag a volume for the background deleter, free its name and take its units away; returns it as it was.
+
+    Raises NotFound, PreconditionFailed, and InUse where units are left and may not go.
+    """
+    record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+    if record is None or record.deleting:
+        raise NotFound(f"there is no volume {volume_id!r} any more")
+    check_revision(record, expected_revision)
+    units = [key for key, _ in writer.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/".encode())]
+    if units and not remove_units:
+        raise InUse(
+            f"volume {record.name!r} was mapped to a host meanwhile",
+            correction="unmap it ('blockvirt lun unmap'), or use force",
+        )
+    for key in units:
+        _, host_id, number = key.decode().split("/")
+        writer.delete(Table.UNITS, unit_key(host_id, int(number)))
+        writer.delete(Table.VOLUME_UNITS, key)
+    # The name is free at once; the record keeps it for messages, without an entry in the index.
+    writer.delete(Table.VOLUME_NAMES, record.name.encode())
+    writer.put_record(Table.VOLUMES, volume_id.encode(), replace(record, deleting=True, revision=record.revision + 1))
+    return record

@@ -1,0 +1,123 @@
+"""What the catalogue tells of a volume: one frozen view per volume, read from several records at once.
+
+Read with a ``Reader`` of the metadata store: a few microseconds per record, so a caller on the event loop reads at most
+``READ_BATCH`` volumes before it lets others run.
+"""
+
+from dataclasses import dataclass, field
+
+from blockvirt.errors import DamagedRecord
+from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
+from blockvirt.meta.records import BranchRecord, DeviceRecord, FileRecord, HostRecord, VolumeRecord
+from blockvirt.meta.store import Reader
+from blockvirt.volumes.ports import OpenVolumes
+
+READ_BATCH = 50  # volumes; about 3 ms of decoding on a slow core
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume as users see it. Sizes are bytes."""
+
+    id: str
+    name: str
+    size_bytes: int
+    mapped_bytes: int
+    chunk_bytes: int
+    state: str
+    """'available', 'in-use' (a session is open) or 'damaged' (a record of it is; its other figures mean nothing)."""
+    created_s: float
+    revision: int
+    sessions: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    placement_devices: tuple[str, ...] = ()
+    placement_labels: dict[str, str] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
+    """Export names of the logical units that show it to hosts, such as 'web1/lun0'."""
+    damage: str = ""
+    """What is damaged, where the state is 'damaged'."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """How much of a volume lies on one device."""
+
+    device: str
+    files: int
+    live_bytes: int
+    """As of the last checkpoint."""
+
+
+def read_volume(reader: Reader, volume_id: str, name: str, chunk_bytes: int, open_volumes: OpenVolumes) -> Volume:
+    """Return the view of a volume; a damaged record makes a view in the state 'damaged', not an error."""
+    try:
+        record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+        if record is None:
+            return damaged_view(volume_id, name, chunk_bytes, "its name is in the index, its record is missing")
+        return view(reader, record, chunk_bytes, open_volumes)
+    except DamagedRecord as error:
+        return damaged_view(volume_id, name, chunk_bytes, error.message)
+
+
+def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: OpenVolumes) -> Volume:
+    """Return the view of a volume whose own record is at hand; raises DamagedRecord for those around it."""
+    mapped_chunks = open_volumes.mapped_chunks(record.id)
+    if mapped_chunks is None:
+        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
+        if branch is None:
+            raise DamagedRecord(
+                f"volume {record.name!r} names branch {record.branch}, which does not exist",
+                correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back an intact copy",
+            )
+        mapped_chunks = branch.mapped_chunks
+    sessions = open_volumes.sessions_of(record.id)
+    return Volume(
+        id=record.id,
+        name=record.name,
+        size_bytes=record.size_bytes,
+        # The last chunk may reach beyond the end: nobody can have mapped more than the volume is large.
+        mapped_bytes=min(mapped_chunks * chunk_bytes, record.size_bytes),
+        chunk_bytes=chunk_bytes,
+        state="in-use" if sessions else "available",
+        created_s=record.created_s,
+        revision=record.revision,
+        sessions=sessions,
+        labels=dict(record.labels),
+        placement_devices=record.placement_devices,
+        placement_labels=dict(record.placement_labels),
+        units=unit_names(reader, record.id),
+    )
+
+
+def damaged_view(volume_id: str, name: str, chunk_bytes: int, damage: str) -> Volume:
+    """Return the view of a volume that cannot be read: it is quarantined, the others go on."""
+    return Volume(volume_id, name, 0, 0, chunk_bytes, "damaged", 0.0, 0, damage=damage)
+
+
+def unit_names(reader: Reader, volume_id: str) -> tuple[str, ...]:
+    """Return the export names under which hosts see a volume."""
+    names = []
+    for key, _ in reader.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/".encode()):
+        _, host_id, number = key.decode().split("/")
+        host = reader.record(HostRecord, Table.HOSTS, host_id.encode())
+        names.append(f"{host.name if host else host_id}/lun{int(number)}")
+    return tuple(names)
+
+
+def read_shares(reader: Reader, branch: int, chunk_bytes: int) -> tuple[DeviceShare, ...]:
+    """Return where the data of a branch lies, by device name."""
+    files: dict[str, int] = {}
+    chunks: dict[str, int] = {}
+    for key, _ in reader.scan(Table.BRANCH_FILES, prefix=number_key(branch)):
+        assert key == pair_key(branch, split_pair(key)[1]), "the prefix scan left its branch"
+        file = reader.record(FileRecord, Table.FILES, number_key(split_pair(key)[1]))
+        if file is None:
+            continue
+        files[file.device_id] = files.get(file.device_id, 0) + 1
+        chunks[file.device_id] = chunks.get(file.device_id, 0) + file.live_chunks
+    shares = []
+    for device_id, count in files.items():
+        device = reader.record(DeviceRecord, Table.DEVICES, device_id.encode())
+        name = device.name if device else device_id
+        shares.append(DeviceShare(name, count, chunks[device_id] * chunk_bytes))
+    return tuple(sorted(shares, key=lambda share: share.device))
