@@ -7,19 +7,19 @@ MAX_VOLUME_BYTES = 64 * TIB  # 2^30 chunks of 64 KiB: a chunk number fits 32 bit
 MAX_VOLUMES = 10_000  # what start-up and listing are measured with
 SECTOR_BYTES = 512  # sizes are multiples of it: the kernel client and guests count in sectors
 DEFAULT_CHUNK_BYTES = 64 * KIB  # copy-on-write of 64 KiB costs 20 us; smaller chunks mean more map
-MIN_CHUNK_BYTES = 4 * KIB
-MAX_CHUNK_BYTES = 1 * MIB
+MIN_CHUNK_BYTES = 4 * KIB  # a block of every filesystem we know; less is never punched
+MAX_CHUNK_BYTES = 1 * MIB  # a copy of more would hold a thread, and its volume's chunk, for milliseconds
 LEAF_CHUNKS = 512  # a leaf maps 32 MiB of 64 KiB chunks, and its stored form stays inside one LMDB page
 MAX_LABELS = 64  # per volume
 MAX_LABEL_CHARS = 256  # key or value
-MAX_HOSTS = 10_000
+MAX_HOSTS = 10_000  # a host for every volume
 MAX_UNITS_PER_HOST = 16_384  # what a SCSI initiator can address with flat LUNs
 MAX_DEVICES = 64  # a journal header names the page-cache identity of each, in one 4 KiB block
 
 # --- backing files and space ---------------------------------------------------------------------------------------
 MAX_BACKING_FILE_BYTES = 1 * TIB  # a rotated file can be moved in hours, not days, when a device is evacuated
 RESERVE_STEP_MIN_BYTES = 1 * MIB  # space is reserved ahead in steps of clamp(mapped / 8, min, max)
-RESERVE_STEP_MAX_BYTES = 64 * MIB
+RESERVE_STEP_MAX_BYTES = 64 * MIB  # what a crash may leave reserved for nothing, per volume
 MAX_OPEN_BACKING_FILES = 2_048  # descriptors; the usual hard limit of a process is 4,096 or more
 UNSYNCED_DEVICE_BUDGET_BYTES = 256 * MIB  # inline writes beyond this go to threads: the kernel may throttle them
 BACKGROUND_SYNC_BYTES = 32 * MIB  # start write-back of a file after so much, so that a flush finds little to do
@@ -34,8 +34,8 @@ LMDB_MAP_START_BYTES = 1 * GIB  # address space only; grows by doubling
 LMDB_MAP_MAX_BYTES = 8 * TIB  # address space; the leaves of 1 EiB of chunks in one version
 STORE_GROUP_CHANGES = 64  # changes that share one synced transaction
 STORE_WAITING_CHANGES = 1_024  # changes that wait for the writer thread; more callers wait before the queue
-METADATA_COPY_INTERVAL_S = 3_600.0
-METADATA_COPIES_PER_DEVICE = 2
+METADATA_COPY_INTERVAL_S = 3_600.0  # how much of the catalogue a lost state directory may cost
+METADATA_COPIES_PER_DEVICE = 2  # the newest may be the one that was being written
 
 # --- NBD -----------------------------------------------------------------------------------------------------------
 NBD_HANDSHAKE_S = 10.0  # QEMU's value since CVE-2024-7409
@@ -43,25 +43,25 @@ NBD_MAX_OPTIONS = 64  # nbdkit's value
 NBD_MAX_OPTION_BYTES = 64 * KIB  # the largest sensible option; more is a lost framing
 NBD_MAX_NAME_BYTES = 4_096  # protocol document, "Values": strings SHOULD NOT exceed 4096 bytes
 NBD_MAX_PAYLOAD_BYTES = 32 * MIB  # protocol document: a portable client never sends more
-NBD_MIN_BLOCK_BYTES = 1
-NBD_PREFERRED_BLOCK_BYTES = 4 * KIB
-NBD_MAX_CONNECTIONS = 4_096
+NBD_MIN_BLOCK_BYTES = 1  # guests with 512-byte sectors, and tools that read odd ranges
+NBD_PREFERRED_BLOCK_BYTES = 4 * KIB  # a page: smaller requests read and write one anyway
+NBD_MAX_CONNECTIONS = 4_096  # each is a descriptor; the largest hosts run hundreds of guests
 NBD_CONNECTION_BUDGET_BYTES = 64 * MIB  # requests and replies in flight on one connection
 NBD_GLOBAL_BUDGET_BYTES = 512 * MIB  # the same over all connections
 NBD_MAX_INFLIGHT_REQUESTS = 256  # slow requests of one connection (fast ones are answered at once)
 NBD_SLOW_READER_S = 60.0  # a client that takes no reply bytes for this long is dropped
 NBD_BATCH_REQUESTS = 64  # one callback handles so many requests, then lets others run
-NBD_BATCH_S = 200e-6
+NBD_BATCH_S = 200e-6  # the longest that one busy connection keeps the others waiting
 NBD_MAX_EXTENTS_PER_REPLY = 64 * KIB  # descriptors; 512 KiB of reply
 NBD_DRAIN_S = 10.0  # at shutdown
 
 # --- API -----------------------------------------------------------------------------------------------------------
 API_MAX_BODY_BYTES = 64 * KIB  # the largest legal body is a few KiB of labels
-API_MAX_JSON_DEPTH = 16
-API_PAGE_ITEMS = 100
-API_MAX_PAGE_ITEMS = 1_000
-IDEMPOTENCY_KEY_S = 24 * 3_600
-MAX_IDEMPOTENCY_KEYS = 100_000
+API_MAX_JSON_DEPTH = 16  # our models nest a few levels; a deeper body only tries the parser
+API_PAGE_ITEMS = 100  # a screen or two
+API_MAX_PAGE_ITEMS = 1_000  # all volumes in ten pages; a larger one would hold the event loop for too long
+IDEMPOTENCY_KEY_S = 24 * 3_600  # a day: longer than any client's retries
+MAX_IDEMPOTENCY_KEYS = 100_000  # more than one creation a second, all day long
 UNIX_PATH_MAX_BYTES = 107  # sun_path is 108 with its NUL
 
 # --- threads -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ TIB = 1 << 40
 
 _LETTERS = "KMGTP"
 _BINARY = {f"{letter}iB": 1 << (10 * (power + 1)) for power, letter in enumerate(_LETTERS)}
-_DECIMAL = {f"{letter}B": 1000 ** (power + 1) for power, letter in enumerate(_LETTERS)}
+_DECIMAL: dict[str, int] = {f"{letter}B": 1000 ** (power + 1) for power, letter in enumerate(_LETTERS)}
 _UNITS = {"B": 1} | _BINARY | _DECIMAL
 _PATTERN = re.compile(r"([0-9]{1,20}) ?([A-Za-z]*)", re.ASCII)
 
