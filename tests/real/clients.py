@@ -40,6 +40,24 @@ def qemu_io(server: ServerProcess, *commands: str) -> str:
     return run("qemu-io", "-f", "raw", "-d", "unmap", *flags, server.uri)
 
 
+@contextlib.contextmanager
+def running(*command: str | Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A tool that runs during the block, its output in a pipe; it is killed if it still runs at the end."""
+    words = [str(word) for word in command]
+    with subprocess.Popen(
+        [tool(words[0]), *words[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 FIO_VERIFY = (
     "--verify_fatal=1",  # the first wrong block ends the job with an error
     "--verify_dump=0",  # no files of received and expected blocks in the current directory
@@ -52,10 +70,12 @@ FIO_VERIFY = (
 def fio(server: ServerProcess, directory: Path, *options: str) -> str:
     """One fio run with its nbd engine against the volume, in `directory` (fio leaves its state files there).
 
-    Quirks of fio 3.33's engine: the URI may hold an export name and `?socket=` (`:` in it needs no escaping), a missing
-    export fails the run; `size` is needed (it does not ask the server); each job is one connection; with numjobs it forks.
+    Quirks of fio 3.33's engine: the URI may hold an export name and `?socket=` (nothing in it needs escaping); a
+    missing export fails the run; each job is one connection (and a process); it cannot `fdatasync=`, only `fsync=`,
+    which it sends as a FLUSH; it prints "connected to NBD server" before the JSON on standard output, so ask for
+    `--output=FILE`.
     """
-    return run("fio", "--ioengine=nbd", f"--uri={server.uri}", "--thread=0", *options, cwd=directory)
+    return run("fio", "--ioengine=nbd", f"--uri={server.uri}", *options, cwd=directory)
 
 
 @contextlib.contextmanager
@@ -64,7 +84,7 @@ def loop_device(server: ServerProcess, directory: Path) -> Iterator[Path]:
     mountpoint = directory / "fuse"
     mountpoint.mkdir()
     pidfile = directory / "nbdfuse.pid"
-    with subprocess.Popen([tool("nbdfuse"), "-P", str(pidfile), str(mountpoint / "nbd"), server.uri]) as nbdfuse:
+    with running("nbdfuse", "-P", pidfile, mountpoint / "nbd", server.uri) as nbdfuse:
         try:
             # nbdfuse writes the file when the mount answers.
             server.until(pidfile.exists, f"nbdfuse did not mount {server.uri}", 30.0)

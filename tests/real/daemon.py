@@ -1,4 +1,4 @@
-"""The daemon as its users run it: `python -m blockvirt serve` in its own process, driven by its command line and API."""
+"""The daemon as its users run it: `python -m blockvirt serve` in its own process, driven by its CLI and API."""
 
 import http.client
 import json
