@@ -4,11 +4,8 @@ I7 for metadata: after a commit that failed for another reason than space nothin
 (``MetadataFault``); the store has to be opened again, which shows what is on disk.
 """
 
-import asyncio
-import contextlib
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +21,10 @@ from blockvirt.limits import (
     LMDB_MAP_MAX_BYTES,
     LMDB_MAP_START_BYTES,
     METADATA_RESERVE_BYTES,
-    STORE_GROUP_CHANGES,
-    STORE_WAITING_CHANGES,
 )
 from blockvirt.meta.datafile import DATA_FILE, check_openable
 from blockvirt.meta.faults import NO_SPACE, cannot_open, errno_of, no_room, stopped, unreadable
+from blockvirt.meta.group_commit import Change, Outcome, WriterThread, run_group
 from blockvirt.meta.keys import Table
 from blockvirt.meta.reserve import Reserve
 from blockvirt.meta.transactions import Reader, Writer
@@ -37,7 +33,6 @@ __all__ = ["Reader", "Store", "StoreStats", "Writer"]
 
 log = logging.getLogger("blockvirt.meta")
 T = TypeVar("T")
-Change = Callable[[Writer], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +53,6 @@ class StoreStats:
     """Rows of each table."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of one change: a value, or the exception its caller gets."""
-
-    value: Any = None
-    error: BaseException | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    change: Change
-    reply: "asyncio.Future[Any]"
-
-
 class _ReadScope:
     """``with store.read() as reader``: begins a read transaction and ends it."""
 
@@ -88,7 +69,7 @@ class _ReadScope:
             self._transaction = store._env.begin()
         except BaseException as error:
             store._leave_read()
-            raise store._translated(error) from error
+            raise store._translate(error) from error
         return Reader(self._transaction, store._tables)
 
     def __exit__(
@@ -97,7 +78,7 @@ class _ReadScope:
         self._transaction.abort()
         self._store._leave_read()
         if isinstance(error, lmdb.Error):
-            raise self._store._translated(error) from error
+            raise self._store._translate(error) from error
 
 
 class Store:
@@ -113,10 +94,7 @@ class Store:
         self._fault: MetadataFault | None = None
         self._closed = False
         self._on_failure: list[Callable[[MetadataFault], None]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._slots = asyncio.Semaphore(STORE_WAITING_CHANGES)
-        self._thread: threading.Thread | None = None
+        self._writer = WriterThread(self._transact)
         self._write_lock = threading.Lock()
         self._readers = 0
         self._no_readers = threading.Condition(threading.Lock())
@@ -177,9 +155,7 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        if self._thread is not None:
-            self._waiting.put(None)
-            self._thread.join()
+        self._writer.close()
         with self._write_lock:
             self._reserve.close()
             self._env.close()
@@ -205,7 +181,7 @@ class Store:
             code = errno_of(error)
             if code is not None:
                 raise OSError(code, os.strerror(code)) from error
-            raise self._translated(error) from error
+            raise self._translate(error) from error
         finally:
             self._leave_read()
 
@@ -231,19 +207,15 @@ class Store:
         writer. Cancelling the await does not withdraw it. Raises PoolFull for lack of space, MetadataFault if the
         store has failed, ShuttingDown after ``close``.
         """
-        loop = self._loop = asyncio.get_running_loop()
-        async with self._slots:
-            if self._fault is not None or self._closed:
-                raise self._unusable()
-            reply: asyncio.Future[T] = loop.create_future()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write, name="blockvirt-metadata", daemon=True)
-                self._thread.start()
-            self._waiting.put(_Waiting(change, reply))
-            return await reply
+        if self._fault is not None or self._closed:
+            raise self._unusable()
+        result: T = await self._writer.run(change)
+        return result
 
     def commit_now(self, change: Callable[[Writer], T]) -> T:
         """As ``commit``, in the calling thread: for start-up and offline use. Not inside ``read``."""
+        if self._closed:
+            raise self._unusable()
         (outcome,) = self._transact([change])
         if outcome.error is not None:
             raise outcome.error
@@ -282,35 +254,22 @@ class Store:
             entries=entries,
         )
 
-    # --- the writer thread -----------------------------------------------------------------------------------------
+    # --- transactions ----------------------------------------------------------------------------------------------
 
-    def _write(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            group, last = [first], False
-            while len(group) < STORE_GROUP_CHANGES and not last:
-                try:
-                    more = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    last = True
-                else:
-                    group.append(more)
-            outcomes = self._transact([waiting.change for waiting in group])
-            self._on_loop(_deliver, group, outcomes)
-            if last:
-                return
-
-    def _transact(self, changes: Sequence[Change]) -> list[_Outcome]:
+    def _transact(self, changes: Sequence[Change]) -> list[Outcome]:
         """Run ``changes`` in one transaction and commit it; returns what became of each."""
         with self._write_lock:
             while True:
-                if self._fault is not None or self._closed:
-                    return [_Outcome(error=self._unusable()) for _ in changes]
+                if self._fault is not None:
+                    return [Outcome(error=self._unusable()) for _ in changes]
                 try:
-                    outcomes = self._attempt(changes)
+                    started_s = time.perf_counter()
+                    outcomes, committed = run_group(self._env, self._tables, changes)
+                    if committed:
+                        self._commits += 1
+                        self._last_commit_s = time.perf_counter() - started_s
                     self._tend()
-                    return outcomes
+                    return [self._in_our_words(outcome) for outcome in outcomes]
                 except lmdb.MapFullError as error:
                     if not self._grow(wait=True):
                         failure: lmdb.Error = error
@@ -322,52 +281,12 @@ class Store:
             self._tend()
         if isinstance(verdict, PoolFull) and len(changes) > 1:  # a smaller one may find the space it needs
             return [self._transact([change])[0] for change in changes]
-        return [_Outcome(error=verdict) for _ in changes]
+        return [Outcome(error=verdict) for _ in changes]
 
-    def _attempt(self, changes: Sequence[Change]) -> list[_Outcome]:
-        started_s = time.perf_counter()
-        transaction = self._env.begin(write=True)
-        outcomes: list[_Outcome] = []
-        try:
-            for change in changes:
-                if len(changes) == 1:
-                    outcome = self._run(change, transaction)
-                else:
-                    child = self._env.begin(write=True, parent=transaction)
-                    outcome = self._run(change, child)
-                    if outcome.error is None:
-                        child.commit()
-                    else:
-                        child.abort()
-                outcomes.append(outcome)
-            if all(outcome.error is not None for outcome in outcomes):
-                transaction.abort()
-                return outcomes
-            transaction.commit()
-        except BaseException:
-            with contextlib.suppress(lmdb.Error):
-                transaction.abort()
-            raise
-        self._commits += 1
-        self._last_commit_s = time.perf_counter() - started_s
-        return outcomes
-
-    def _run(self, change: Change, transaction: Any) -> _Outcome:
-        """Run one change. Lack of space and a poisoned environment concern the whole group and are raised."""
-        try:
-            return _Outcome(value=change(Writer(transaction, self._tables)))
-        except (lmdb.MapFullError, lmdb.PanicError):
-            raise
-        except lmdb.Error as error:
-            if errno_of(error) is not None:
-                raise
-            return _Outcome(error=self._translated(error))
-        except StopIteration as error:  # no future takes one
-            failure = RuntimeError("a metadata change raised StopIteration")
-            failure.__cause__ = error
-            return _Outcome(error=failure)
-        except BaseException as error:
-            return _Outcome(error=error)
+    def _in_our_words(self, outcome: Outcome) -> Outcome:
+        if isinstance(outcome.error, lmdb.Error):
+            return Outcome(error=unreadable(self.path, outcome.error))
+        return outcome
 
     def _judge(self, error: lmdb.Error) -> BlockvirtError:
         """Return what the callers of a failed transaction get; latches unless only space was lacking."""
@@ -416,13 +335,11 @@ class Store:
 
     # --- failure ---------------------------------------------------------------------------------------------------
 
-    def _translated(self, error: BaseException) -> BaseException:
-        """Return the error of our tree for one of LMDB's; any other as it is."""
-        if not isinstance(error, lmdb.Error):
-            return error
+    def _translate(self, error: BaseException) -> BaseException:
+        """Return the error of our tree for one that a reader met; latches if the environment is poisoned."""
         if isinstance(error, lmdb.PanicError):
             self._fail(error)
-        return unreadable(self.path, error)
+        return unreadable(self.path, error) if isinstance(error, lmdb.Error) else error
 
     def _fail(self, error: BaseException) -> None:
         if self._fault is not None:
@@ -430,7 +347,7 @@ class Store:
         self._fault = stopped(self.path, str(error))
         log.critical("%s: %s", self._fault, error)
         for callback in self._on_failure:
-            self._on_loop(callback, self._fault)
+            self._writer.on_loop(callback, self._fault)
 
     def _unusable(self) -> BlockvirtError:
         """Return a fresh exception that says why nothing can be done."""
@@ -439,25 +356,6 @@ class Store:
         return ShuttingDown(
             f"the metadata store {self.path} is closed", correction="wait for the daemon to start again"
         )
-
-    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        if self._loop is None:
-            function(*arguments)
-            return
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            log.debug("the event loop ended before a commit's result")
-
-
-def _deliver(group: Sequence[_Waiting], outcomes: Sequence[_Outcome]) -> None:
-    for waiting, outcome in zip(group, outcomes, strict=True):
-        if waiting.reply.done():
-            continue
-        if outcome.error is None:
-            waiting.reply.set_result(outcome.value)
-        else:
-            waiting.reply.set_exception(outcome.error)
 
 
 def _sync_directory(directory: Path) -> None:
