@@ -226,3 +226,16 @@ def test_make_targets_in_documents_exist(document: Path) -> None:
     said = set(re.findall(r"`make ([a-z-]+)", document.read_text()))
     said |= set(re.findall(r"^make ([a-z-]+)", document.read_text(), re.MULTILINE))
     assert said <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_tests_named_in_documents_exist(document: Path) -> None:
+    """A promise that points at its test points at a real one: `tests/path.py::name`, or `name` after such a path."""
+    missing = []
+    for path, names in re.findall(r"`(tests/[\w/]+\.py)((?:::\w+)?`(?:, `test_\w+`)*)", document.read_text()):
+        text = (ROOT / path).read_text() if (ROOT / path).exists() else ""
+        wanted = re.findall(r"test_\w+", names)
+        missing += [f"{path}::{name}" for name in wanted if f"def {name}(" not in text]
+        if not text:
+            missing.append(path)
+    assert not missing
