@@ -53,6 +53,11 @@ def leaf_key(branch: int, leaf: int, birth: int) -> bytes:
     return _LEAF.pack(branch, leaf, birth)
 
 
+def leaf_prefix(branch: int, leaf: int) -> bytes:
+    """What the keys of all versions of a leaf begin with."""
+    return leaf_key(branch, leaf, 0)[:12]
+
+
 def split_leaf(key: bytes) -> tuple[int, int, int]:
     """Undo ``leaf_key``: (branch, leaf number, birth epoch)."""
     branch, leaf, birth = _LEAF.unpack(key)

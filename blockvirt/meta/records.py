@@ -89,6 +89,8 @@ class BranchRecord:
     journal_chain: int = 0
     """CRC that the next generation's first frame continues from."""
     mapped_chunks: int = 0
+    stopped: str = ""
+    """Why the volume stopped (I7), until an administrator reopens it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,179 @@
+"""A backing file: chunks are appended to it, addresses in it are never reused, freed space is punched out.
+
+Belongs to one branch. All verbs block: the event loop calls only ``write`` and ``read_cached`` (page cache), the rest
+runs in threads. Positions and lengths are bytes, chunk numbers count from 0.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockvirt.errors import DeviceFault
+from blockvirt.meta.records import FileRecord
+from blockvirt.syscalls import allocate, punch_hole, zero_range
+
+_READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
+
+
+def backing_path(device_path: Path, branch: int, number: int) -> Path:
+    """Return where backing file ``number`` of ``branch`` lies on a device."""
+    return device_path / "files" / f"{branch:08x}-{number:07x}"
+
+
+class BackingFile:
+    """One open backing file.
+
+    ``used_chunks`` is the high-water mark of handed-out addresses, ``reserved_chunks`` how far space is allocated and
+    the size extends: an allocated chunk always lies below it, because a read past the end is short.
+    """
+
+    __slots__ = (
+        "_chunk_shift",
+        "device_id",
+        "fd",
+        "live_chunks",
+        "number",
+        "path",
+        "reserved_chunks",
+        "sealed",
+        "unsynced_bytes",
+        "used_chunks",
+    )
+
+    def __init__(self, record: FileRecord, path: Path, chunk_shift: int) -> None:
+        """Describe the file of ``record``; ``open`` opens it."""
+        self.number = record.number
+        self.device_id = record.device_id
+        self.used_chunks = record.used_chunks
+        self.live_chunks = record.live_chunks
+        self.sealed = record.sealed
+        self.path = path
+        self.reserved_chunks = 0
+        self.unsynced_bytes = 0
+        """Written since the last sync was noted; 0 means that a flush need not touch this file."""
+        self.fd = -1
+        self._chunk_shift = chunk_shift
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk."""
+        return 1 << self._chunk_shift
+
+    def record(self, branch: int) -> FileRecord:
+        """Return what the metadata store keeps of the file."""
+        return FileRecord(self.number, branch, self.device_id, self.used_chunks, self.live_chunks, self.sealed)
+
+    def open(self) -> None:
+        """Open the file, creating it only where nothing was ever handed out in it; raises DeviceFault."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self.fd = os.open(self.path, flags)
+        except FileNotFoundError:
+            if self.used_chunks:
+                raise DeviceFault(
+                    f"backing file {self.path} is missing",
+                    cause=f"metadata says that {self.used_chunks} chunks were handed out in it",
+                    correction="bring the file back, or restore the volume from a copy",
+                ) from None
+            self.fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise DeviceFault(
+                f"cannot open backing file {self.path}: {error.strerror}",
+                correction="check the device's mount and its kernel messages",
+            ) from error
+        self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift
+
+    def cut(self) -> None:
+        """Cut the file back to the high-water mark: an address that was never journalled is handed out anew (I2)."""
+        os.ftruncate(self.fd, self.used_chunks << self._chunk_shift)
+        self.reserved_chunks = self.used_chunks
+
+    def reserve(self, chunks: int) -> None:
+        """Allocate space for ``chunks`` more behind the reserved ones. OSError ENOSPC where there is none."""
+        allocate(self.fd, self.reserved_chunks << self._chunk_shift, chunks << self._chunk_shift)
+        self.reserved_chunks += chunks
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Write all of ``data`` at ``position`` into the page cache."""
+        # Counted after the write, never before: a flush on the loop that notes and clears the count while a thread
+        # is between the two would leave dirty pages that no later flush looks for.
+        try:
+            done = os.pwrite(self.fd, data, position)
+            while done < len(data):
+                more = os.pwrite(self.fd, data[done:], position + done)
+                if not more:
+                    raise OSError(errno.EIO, f"short write to {self.path}")
+                done += more
+        finally:
+            self.unsynced_bytes += len(data)
+
+    def read_cached(self, into: memoryview, position: int) -> bool:
+        """Fill ``into`` from the page cache; False where that would block."""
+        try:
+            return os.preadv(self.fd, (into,), position, _READ_CACHED) == len(into)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return False  # this filesystem cannot tell; a thread reads
+            raise
+
+    def read(self, into: memoryview, position: int) -> None:
+        """Fill ``into``, waiting for the disk; raises DeviceFault where the file ends too early."""
+        done = 0
+        while done < len(into):
+            got = os.preadv(self.fd, (into[done:],), position + done)
+            if not got:
+                raise DeviceFault(
+                    f"backing file {self.path} ends at {position + done}, inside a chunk that is mapped",
+                    correction="run 'blockvirt check': the file was truncated from outside",
+                )
+            done += got
+
+    def zero(self, position: int, length: int) -> None:
+        """Zero a range inside live chunks without giving up its space (a later overwrite must not need any)."""
+        try:
+            zero_range(self.fd, position, length)
+            self.unsynced_bytes += length
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            zeros = bytes(min(length, 1 << 20))
+            for at in range(position, position + length, len(zeros)):
+                self.write(memoryview(zeros)[: position + length - at], at)
+
+    def punch(self, chunk: int, count: int) -> None:
+        """Give the space of freed chunks back to the filesystem; they read as zeros from now on."""
+        punch_hole(self.fd, chunk << self._chunk_shift, count << self._chunk_shift)
+
+    def sync(self) -> None:
+        """Make the content durable. A failure is never retried: the kernel may have dropped the pages (I7)."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor. Whoever wrote must have synced before: closing can lose the error."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations and removals in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def unlink_files(paths: Sequence[Path]) -> None:
+    """Remove files that may be gone already, and make that durable."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    for parent in {path.parent for path in paths}:
+        if parent.exists():
+            sync_directory(parent)

@@ -1,0 +1,1 @@
+"""Volume execution: the open volume, its journal, flush and checkpoint, recovery, life cycle and catalogue."""

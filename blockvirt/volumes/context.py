@@ -1,0 +1,91 @@
+"""What every open volume works with: the store, the pool's storage, threads, the leaf cache. Wired in the daemon."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from blockvirt.meta.keys import Table, number_key, split_pair
+from blockvirt.meta.records import FileRecord, VolumeRecord
+from blockvirt.meta.store import Store
+from blockvirt.volumes.leaf_map import LeafCache
+from blockvirt.volumes.pressure import WritePressure
+
+T = TypeVar("T")
+
+
+class Storage(Protocol):
+    """The pool's devices and their space, as the data plane sees them. Figures are kept on the event loop."""
+
+    def path_of(self, device_id: str) -> Path:
+        """Return the directory of a device; raises DeviceFault where it cannot be used now."""
+
+    def identity_of(self, device_id: str) -> str:
+        """Return the identity of the page cache that files on the device are written through."""
+
+    def place(self, volume: VolumeRecord, needed_bytes: int) -> str:
+        """Choose the device for a new backing file; raises PoolFull that says why none fits."""
+
+    def admit(self, device_id: str, needed_bytes: int) -> None:
+        """Refuse (PoolFull) where reserving so much more would eat the device's or the metadata's reserve."""
+
+    def reserved(self, device_id: str, change_bytes: int) -> None:
+        """Note that space reserved ahead of need grew or shrank."""
+
+    def mapped(self, device_id: str, file: int, change_chunks: int) -> None:
+        """Note that chunks of a backing file came into use, or were given back to the filesystem."""
+
+    def removed(self, device_id: str, file: int) -> None:
+        """Note that a backing file is gone."""
+
+    def paths(self) -> Mapping[str, Path]:
+        """Return the directories of the devices that can be used now, by device id."""
+
+
+class IoThreads:
+    """The threads for what would block the loop: cold reads, syncs, copies, file creation."""
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="blockvirt-io")
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in a thread. Not cancelled once it runs: who is cancelled waits for its end in ``close``."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def close(self) -> None:
+        """Wait for what runs and end the threads."""
+        self._executor.shutdown(wait=True)
+
+
+class PunchQueue(Protocol):
+    """Who gives freed chunks back to the filesystem, after the commit that dropped them."""
+
+    def wake(self) -> None:
+        """Say that the metadata store has new punch rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeContext:
+    """Everything an open volume shares with the others."""
+
+    pool_id: str
+    chunk_shift: int
+    store: Store
+    storage: Storage
+    threads: IoThreads
+    cache: LeafCache
+    pressure: WritePressure
+    punches: PunchQueue
+    file_chunks: int
+    """Chunks after which a backing file is rotated."""
+    checkpoint_age_s: float
+
+
+def files_of(store: Store, branch: int) -> list[FileRecord]:
+    """Return the backing files of a branch, oldest first."""
+    with store.read() as reader:
+        found = [split_pair(key)[1] for key, _ in reader.scan(Table.BRANCH_FILES, prefix=number_key(branch))]
+        records = [reader.record(FileRecord, Table.FILES, number_key(number)) for number in found]
+    return [record for record in records if record is not None]

@@ -1,0 +1,220 @@
+"""The write-ahead journal of one open volume: a pair of preallocated files, used in turn, generation after generation.
+
+Each file: block 0 the header (whose journal it is, and the page cache it was written through), block 1 the stop note,
+frames from 8 KiB on (``journal_frames``). Generation g lies in file g mod 2. Written by ``pwrite``, never mapped: a
+store into a mapped file of a failed filesystem is a SIGBUS or silence, ``pwrite`` says EIO.
+"""
+
+import errno
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from blockvirt.errors import DamagedRecord, DeviceFault
+from blockvirt.limits import JOURNAL_FILE_BYTES
+from blockvirt.meta.records import BranchRecord, seal, unseal
+from blockvirt.pool.backing import sync_directory, unlink_files
+from blockvirt.volumes.journal_frames import CHANGE, MARK_FRAME_BYTES, Kind, frame_bytes, pack, pack_mark
+
+BLOCK_BYTES = 4096
+FRAMES_AT_BYTES = 2 * BLOCK_BYTES
+FORMAT = 1
+_MARK_ROOM_BYTES = 64 * MARK_FRAME_BYTES  # kept free for marks: a flush must not wait for room that maps used up
+
+
+@dataclass(frozen=True, slots=True)
+class JournalHeader:
+    """Whose journal a file is."""
+
+    pool_id: str
+    branch: int
+    identities: dict[str, str] = field(default_factory=dict)
+    """Device id -> identity of its page cache when the journal was made."""
+    format_version: int = FORMAT
+
+
+def journal_paths(device_path: Path, branch: int) -> tuple[Path, Path]:
+    """Return where the two files of a branch's journal lie on a device."""
+    folder = device_path / "journal"
+    return folder / f"{branch:08x}.0", folder / f"{branch:08x}.1"
+
+
+def pack_header(header: JournalHeader) -> bytes:
+    """Return the header block."""
+    body = json.dumps(asdict(header), separators=(",", ":"), sort_keys=True).encode()
+    sealed = seal(b"journal", body)
+    assert len(sealed) <= BLOCK_BYTES - 4
+    return (len(sealed).to_bytes(4, "little") + sealed).ljust(BLOCK_BYTES, b"\0")
+
+
+def unpack_header(block: bytes) -> JournalHeader:
+    """Read a header block; raises DamagedRecord where it is none."""
+    length = int.from_bytes(block[:4], "little")
+    if not 4 < length <= BLOCK_BYTES - 4:
+        raise DamagedRecord("a journal file has no header", correction="run 'blockvirt check'")
+    return JournalHeader(**json.loads(unseal(b"journal", block[4 : 4 + length], what="a journal header")))
+
+
+class Journal:
+    """The running journal of an open volume. Used on the event loop alone, but for ``sync`` and the constructors."""
+
+    def __init__(self, paths: tuple[Path, Path], fds: tuple[int, int], header: JournalHeader, branch: BranchRecord):
+        self.paths = paths
+        self.header = header
+        self.generation = branch.covered_generation + 1
+        self.sequence = branch.covered_sequence
+        """Number of the last frame."""
+        self.chain = branch.journal_chain
+        self.map_sequence = branch.covered_sequence
+        """Number of the last frame with map changes."""
+        self.durable_sequence = branch.covered_sequence
+        """Map changes up to this frame survive power loss: by a durable mark, or by a checkpoint."""
+        self.appended_bytes = 0
+        self._fds = fds
+        self._at = FRAMES_AT_BYTES
+        self._may_switch = True
+
+    @classmethod
+    def create(cls, device_path: Path, header: JournalHeader, branch: BranchRecord) -> "Journal":
+        """Make the pair: written, not just reserved, so that an append allocates nothing. Blocks (two syncs)."""
+        paths = journal_paths(device_path, branch.number)
+        fds: list[int] = []
+        try:
+            for path in paths:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                fds.append(fd)
+                content = pack_header(header).ljust(JOURNAL_FILE_BYTES, b"\0")
+                if os.pwrite(fd, content, 0) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(fd)
+            sync_directory(paths[0].parent)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            unlink_files(paths)
+            raise
+        return cls(paths, (fds[0], fds[1]), header, branch)
+
+    def room(self) -> int:
+        """Return how many map changes one more frame may hold."""
+        free = JOURNAL_FILE_BYTES - _MARK_ROOM_BYTES - self._at - frame_bytes(0)
+        return max(0, free // CHANGE.size)
+
+    def half_full(self) -> bool:
+        """Tell whether it is time for a checkpoint."""
+        return self._at > JOURNAL_FILE_BYTES // 2
+
+    def fill_ratio(self) -> float:
+        """Return how full the running generation's file is, 0 to 1."""
+        return (self._at - FRAMES_AT_BYTES) / (JOURNAL_FILE_BYTES - FRAMES_AT_BYTES)
+
+    def needs_mark(self) -> bool:
+        """Tell whether there are map changes that no durable mark or checkpoint covers."""
+        return self.map_sequence > self.durable_sequence
+
+    def append(self, changes: bytes) -> None:
+        """Append one frame of packed map changes; they survive SIGKILL from now on. Raises OSError."""
+        frame, crc = pack(Kind.MAP, self.generation, self.sequence + 1, changes, self.chain)
+        self._write(frame, crc)
+        self.map_sequence = self.sequence
+
+    def mark(self, upto: int) -> bool:
+        """Append a mark for the frames up to ``upto``; False where there is no room (a checkpoint must come first)."""
+        if self._at + MARK_FRAME_BYTES > JOURNAL_FILE_BYTES:
+            return False
+        self._write(*pack_mark(self.generation, self.sequence + 1, upto, self.chain))
+        return True
+
+    def _write(self, frame: bytes, crc: int) -> None:
+        assert self._at + len(frame) <= JOURNAL_FILE_BYTES
+        written = os.pwrite(self._fds[self.generation & 1], frame, self._at)
+        if written != len(frame):
+            raise OSError(errno.EIO, f"short write to {self.paths[self.generation & 1]}")
+        self._at += len(frame)
+        self.sequence += 1
+        self.chain = crc
+        self.appended_bytes += len(frame)
+
+    def sync(self) -> None:
+        """Make the running generation's frames durable. Blocks. Never retried after a failure (I7)."""
+        os.fdatasync(self._fds[self.generation & 1])
+
+    def switch(self) -> None:
+        """Open the next generation: frames go to the other file from now on. Its old content must be covered."""
+        assert self._may_switch, "the generation before the last is not covered yet"
+        self._may_switch = False
+        self.generation += 1
+        self._at = FRAMES_AT_BYTES
+
+    def covered(self, sequence: int) -> None:
+        """Note that a committed checkpoint holds every frame up to ``sequence`` and the generation before this one."""
+        self.durable_sequence = max(self.durable_sequence, sequence)
+        self._may_switch = True
+
+    def admit_device(self, device_id: str, identity: str) -> None:
+        """Write a further device's page-cache identity into the headers, before a file on it is used. Blocks."""
+        self.header = JournalHeader(
+            self.header.pool_id, self.header.branch, self.header.identities | {device_id: identity}
+        )
+        block = pack_header(self.header)
+        for fd in self._fds:
+            os.pwrite(fd, block, 0)
+            os.fdatasync(fd)
+
+    def note_stop(self, reason: str) -> None:
+        """Leave word that the volume stopped for I7: recovery must trust nothing but durable marks."""
+        for fd in self._fds:
+            os.pwrite(fd, b"STOPPED " + reason.encode()[:512] + b"\0", BLOCK_BYTES)
+
+    def close(self, *, remove: bool) -> None:
+        """Close the files; ``remove`` them where a checkpoint covers everything. Blocks."""
+        for fd in self._fds:
+            os.close(fd)
+        if remove:
+            unlink_files(self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJournal:
+    """A journal pair that was left behind, as recovery finds it."""
+
+    paths: tuple[Path, Path]
+    device_id: str
+    header: JournalHeader
+    stop_reason: str
+    """Empty where the volume had not stopped."""
+    logs: tuple[bytes, bytes]
+    """What lies behind the headers, by generation mod 2."""
+
+
+def read_journal(device_path: Path, device_id: str, branch: int) -> FoundJournal | None:
+    """Read a pair that was left behind; None where there is no whole pair (it was being made or removed)."""
+    paths = journal_paths(device_path, branch)
+    contents = []
+    for path in paths:
+        try:
+            contents.append(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DeviceFault(
+                f"cannot read the journal {path}: {error.strerror}", correction="check the disk"
+            ) from error
+    if any(len(content) != JOURNAL_FILE_BYTES or not any(content[:BLOCK_BYTES]) for content in contents):
+        return None
+    logs = (contents[0][FRAMES_AT_BYTES:], contents[1][FRAMES_AT_BYTES:])
+    stops = [_stop_reason(content[BLOCK_BYTES:FRAMES_AT_BYTES]) for content in contents]
+    return FoundJournal(paths, device_id, _either_header(contents), stops[0] or stops[1], logs)
+
+
+def _either_header(contents: list[bytes]) -> JournalHeader:
+    # The two are rewritten one after the other with a sync between: at least one is whole, or the disk damaged both.
+    try:
+        return unpack_header(contents[0][:BLOCK_BYTES])
+    except DamagedRecord:
+        return unpack_header(contents[1][:BLOCK_BYTES])
+
+
+def _stop_reason(block: bytes) -> str:
+    return block.partition(b"\0")[0].removeprefix(b"STOPPED ").decode(errors="replace")

@@ -1,0 +1,98 @@
+"""The journal's frames: how map changes and flush marks are laid out, packed and read back. Pure.
+
+A frame is one batch of map changes or one mark, little-endian:
+
+    crc u32 | kind u8, 3 bytes 0 | body length u32 | 0 u32 | generation u64 | sequence u64 | body
+
+``crc`` is a CRC-32C over everything behind it, seeded with the crc of the frame before (across generations too): a
+frame proves that all frames before it are whole. Sequences count up by one and never restart, so a frame that is left
+from an older generation of the same file never fits.
+
+    MAP body:   n x (chunk u32, count u32, entry u64)   chunk + i now has entry + i; entry 0: count chunks are unmapped
+    MARK body:  sequence u64                            every frame up to it, and the data it names, was synced before
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from blockvirt.checksum import crc32c
+
+HEADER = struct.Struct("<IB3xIIQQ")
+CHANGE = struct.Struct("<IIQ")
+_MARK = struct.Struct("<Q")
+_CRC = struct.Struct("<I")
+MARK_FRAME_BYTES = HEADER.size + _MARK.size
+
+
+class Kind(IntEnum):
+    """What a frame holds."""
+
+    MAP = 1
+    MARK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A run of map changes: ``chunk + i`` has ``entry + i`` from now on, or nothing where ``entry`` is 0."""
+
+    chunk: int
+    count: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One intact frame, as read back."""
+
+    kind: Kind
+    generation: int
+    sequence: int
+    crc: int
+    body: bytes
+
+    def changes(self) -> Iterator[Change]:
+        """Yield the map changes of a MAP frame in order."""
+        assert self.kind is Kind.MAP
+        for chunk, count, entry in CHANGE.iter_unpack(self.body):
+            yield Change(chunk, count, entry)
+
+    def marked(self) -> int:
+        """Return the sequence that a MARK frame speaks for."""
+        assert self.kind is Kind.MARK
+        return int(_MARK.unpack(self.body)[0])
+
+
+def frame_bytes(changes: int) -> int:
+    """Return the size of a MAP frame with so many changes."""
+    return HEADER.size + changes * CHANGE.size
+
+
+def pack(kind: Kind, generation: int, sequence: int, body: bytes, chain: int) -> tuple[bytes, int]:
+    """Return a frame and its crc, which seeds the next; ``chain`` is the crc of the frame before."""
+    rest = HEADER.pack(0, kind, len(body), 0, generation, sequence)[4:] + body
+    crc = crc32c(rest, chain)
+    return _CRC.pack(crc) + rest, crc
+
+
+def pack_mark(generation: int, sequence: int, upto: int, chain: int) -> tuple[bytes, int]:
+    """Return a MARK frame for ``upto`` and its crc."""
+    return pack(Kind.MARK, generation, sequence, _MARK.pack(upto), chain)
+
+
+def read_frames(log: bytes, generation: int, sequence: int, chain: int) -> Iterator[Frame]:
+    """Yield the intact frames of ``generation`` at the start of ``log``, the first being number ``sequence``.
+
+    Ends at the first frame that is torn, stale or foreign: what lies behind it cannot be trusted.
+    """
+    at = 0
+    while at + HEADER.size <= len(log):
+        crc, kind, body_bytes, _, found, number = HEADER.unpack_from(log, at)
+        end = at + HEADER.size + body_bytes
+        if found != generation or number != sequence or end > len(log) or kind not in (Kind.MAP, Kind.MARK):
+            return
+        if crc32c(bytes(log[at + 4 : end]), chain) != crc:
+            return
+        yield Frame(Kind(kind), found, number, crc, bytes(log[at + HEADER.size : end]))
+        at, chain, sequence = end, crc, sequence + 1

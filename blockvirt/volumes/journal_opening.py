@@ -1,0 +1,33 @@
+"""Making the journal of a volume, when its first map change needs one. A volume that is only read has none."""
+
+import errno
+
+from blockvirt.errors import PoolFull
+from blockvirt.limits import JOURNAL_FILE_BYTES
+from blockvirt.volumes.journal import Journal, JournalHeader
+from blockvirt.volumes.volume import Volume
+
+
+async def open_journal(volume: Volume) -> None:
+    """Give the volume a journal, on the device of its first backing file; raises PoolFull, DeviceFault.
+
+    Takes no account of the pool's fullness: trims and deletions need one in a full pool too (I10), and the reserve of
+    the device is there for that.
+    """
+    context = volume.context
+    device_ids = [record.device_id for _, record in sorted(volume.files.records.items())]
+    assert device_ids, "who changes the map has a backing file already"
+    identities = {device_id: context.storage.identity_of(device_id) for device_id in device_ids}
+    header = JournalHeader(context.pool_id, volume.map.branch, identities)
+    folder = context.storage.path_of(device_ids[0])
+    try:
+        journal = await context.threads.run(lambda: Journal.create(folder, header, volume.branch_record))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PoolFull(
+            f"no room for the journal of volume {volume.record.name} on {folder}",
+            cause=f"it needs {2 * JOURNAL_FILE_BYTES} bytes and the filesystem is full",
+            correction="free space on that filesystem, or add a device",
+        ) from error
+    volume.journal = journal

@@ -1,0 +1,165 @@
+"""The head's map in memory: leaves loaded on demand from the metadata store, dirty ones kept until a checkpoint."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockvirt.errors import DamagedRecord
+from blockvirt.limits import LEAF_CHUNKS
+from blockvirt.lun.address import ADDRESS_MASK
+from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS, SLOT_MASK, Leaf, decode
+from blockvirt.meta.keys import Table, leaf_key, leaf_prefix, number_key, split_leaf
+from blockvirt.meta.records import BranchRecord, unseal
+from blockvirt.meta.store import Reader, Store
+
+if TYPE_CHECKING:
+    from array import array
+
+LEAF_MEMORY_BYTES = 8 * LEAF_CHUNKS + 256  # entries, and the objects around them
+_SWEEP = 32  # how many leaves one load looks at to make room: bounds the time of a load
+
+
+class LeafCache:
+    """The budget of resident leaves over all volumes, swept like a clock: used since the last look means stay."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._limit = max(1, budget_bytes // LEAF_MEMORY_BYTES)
+        self._ring: deque[tuple[LeafMap, int]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+    def admit(self, owner: "LeafMap", number: int) -> None:
+        """Note that ``owner`` loaded a leaf, and evict others where the budget is used up."""
+        self._ring.append((owner, number))
+        for _ in range(_SWEEP):
+            if len(self._ring) <= self._limit:
+                return
+            other, candidate = self._ring.popleft()
+            leaf = other.leaves.get(candidate)
+            if leaf is None:
+                continue
+            if leaf.touched or leaf.dirty or leaf.frozen:
+                leaf.touched = False
+                self._ring.append((other, candidate))
+            else:
+                del other.leaves[candidate]
+
+    def forget(self, owner: "LeafMap") -> None:
+        """Drop all leaves of a volume that closes."""
+        owner.leaves.clear()
+        self._ring = deque(item for item in self._ring if item[0] is not owner)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenLeaf:
+    """A leaf as a checkpoint writes it."""
+
+    number: int
+    leaf: Leaf
+    entries: "array[int]"
+
+
+class LeafMap:
+    """The map of one branch's head in ``epoch``."""
+
+    def __init__(self, store: Store, branch: BranchRecord, cache: LeafCache) -> None:
+        self.branch = branch.number
+        self.epoch = branch.head_epoch
+        self.leaves: dict[int, Leaf] = {}
+        self.dirty: dict[int, Leaf] = {}
+        self._origins = origins(store, branch)
+        self._store = store
+        self._cache = cache
+
+    def leaf(self, number: int) -> Leaf:
+        """Return a leaf, from memory or by one seek in the metadata store (3 to 5 us)."""
+        leaf = self.leaves.get(number)
+        if leaf is None:
+            with self._store.read() as reader:
+                leaf = self._load(reader, number)
+            self.leaves[number] = leaf
+            self._cache.admit(self, number)
+        leaf.touched = True
+        return leaf
+
+    def _load(self, reader: Reader, number: int) -> Leaf:
+        for branch, epoch in self._origins:
+            found = visible_version(reader, branch, number, epoch)
+            if found is not None:
+                birth, entries = found
+                return Leaf(entries, birth if branch == self.branch else 0)
+        return Leaf(NO_ENTRIES, self.epoch, shared=True)
+
+    def readable(self, chunk: int) -> int:
+        """Return the entry of a chunk, for a read."""
+        return self.leaf(chunk >> SLOT_BITS).entries[chunk & SLOT_MASK]
+
+    def writable(self, chunk: int) -> int:
+        """Return the entry of a chunk with FRESH only where the head may overwrite it in place."""
+        leaf = self.leaf(chunk >> SLOT_BITS)
+        entry = leaf.entries[chunk & SLOT_MASK]
+        return entry if leaf.birth == self.epoch else entry & ADDRESS_MASK
+
+    def put(self, chunk: int, entry: int) -> int:
+        """Change one entry; returns the old one, with FRESH only if the head had allocated it in this epoch."""
+        number = chunk >> SLOT_BITS
+        leaf = self.leaf(number)
+        if leaf.shared or leaf.birth != self.epoch:
+            leaf.own(self.epoch)
+        slot = chunk & SLOT_MASK
+        old = leaf.entries[slot]
+        leaf.entries[slot] = entry
+        if not leaf.dirty:
+            leaf.dirty = True
+            self.dirty[number] = leaf
+        return old
+
+    def freeze(self) -> list[FrozenLeaf]:
+        """Take the dirty leaves for a checkpoint; what changes from now on is copied first and dirty anew."""
+        frozen = []
+        for number, leaf in self.dirty.items():
+            leaf.dirty, leaf.frozen, leaf.shared = False, True, True
+            frozen.append(FrozenLeaf(number, leaf, leaf.entries))
+        self.dirty = {}
+        return frozen
+
+    def committed(self, frozen: list[FrozenLeaf]) -> None:
+        """Note that the store now holds these leaves: they may leave memory."""
+        for item in frozen:
+            item.leaf.frozen = False
+            if item.leaf.entries is item.entries and item.entries is not NO_ENTRIES:
+                item.leaf.shared = False
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._cache.forget(self)
+
+
+def origins(store: Store, branch: BranchRecord) -> list[tuple[int, int]]:
+    """Return where a map looks, nearest first: (branch, newest epoch visible there), through all origins."""
+    chain = [(branch.number, branch.head_epoch)]
+    with store.read() as reader:
+        current = branch
+        while current.origin_branch:
+            chain.append((current.origin_branch, current.origin_epoch))
+            current = branch_record(reader, current.origin_branch)
+    return chain
+
+
+def branch_record(reader: Reader, number: int) -> BranchRecord:
+    """Return the record of a branch that must exist; raises DamagedRecord where it does not."""
+    record = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
+    if record is None:
+        raise DamagedRecord(f"branch {number} is missing from the metadata", correction="run 'blockvirt check'")
+    return record
+
+
+def visible_version(reader: Reader, branch: int, leaf: int, epoch: int) -> "tuple[int, array[int]] | None":
+    """Return (birth, entries) of the newest version of a leaf born in ``epoch`` or before, in this branch alone."""
+    found = reader.floor(Table.LEAVES, leaf_key(branch, leaf, epoch), prefix=leaf_prefix(branch, leaf))
+    if found is None:
+        return None
+    key, stored = found
+    what = f"leaf {leaf} of branch {branch}"
+    return split_leaf(key)[2], decode(unseal(key, stored, what=what))

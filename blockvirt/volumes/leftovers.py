@@ -1,0 +1,107 @@
+"""Journals that a dead daemon left behind: found at start, recovered before the volume is served again."""
+
+import logging
+from dataclasses import replace
+
+from blockvirt.errors import BlockvirtError, DeviceFault
+from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.records import BranchRecord, VolumeRecord
+from blockvirt.meta.store import Writer
+from blockvirt.pool.backing import unlink_files
+from blockvirt.volumes.context import VolumeContext, files_of
+from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal
+from blockvirt.volumes.recovery import recover
+from blockvirt.volumes.volume import stopped_error
+
+log = logging.getLogger("blockvirt.recovery")
+
+
+class Leftovers:
+    """Looks for journals on the pool's devices, and recovers."""
+
+    def __init__(self, context: VolumeContext) -> None:
+        self._context = context
+
+    async def settle(self, record: VolumeRecord, *, reopen: bool = False) -> None:
+        """Bring a volume's map up to date before it opens; nothing to do where no journal was left.
+
+        Raises DeviceFault where a device with its data is missing, VolumeStopped where it had stopped for I7 and an
+        administrator did not ask to ``reopen`` it, DamagedRecord, MetadataFault.
+        """
+        context = self._context
+        with context.store.read() as reader:
+            branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
+        assert branch is not None, "a volume and its branch are made in one transaction"
+        for file in files_of(context.store, branch.number):
+            context.storage.path_of(file.device_id)
+        found = await self._find(branch.number)
+        reason = branch.stopped or (found.stop_reason if found is not None else "")
+        if reason and not reopen:
+            raise stopped_error(record.name, reason)
+        if found is not None:
+            await self._recover(record, branch, found, reason)
+        elif reason:
+
+            def clear(writer: Writer) -> None:
+                writer.put_record(Table.BRANCHES, number_key(branch.number), replace(branch, stopped=""))
+
+            await context.store.commit(clear)
+
+    async def _recover(self, record: VolumeRecord, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
+        if reason:
+            found = replace(found, stop_reason=reason)
+        try:
+            done = await self._context.threads.run(lambda: recover(self._context, branch, found))
+        except OSError as error:
+            raise DeviceFault(
+                f"volume {record.name} cannot be recovered: {error}",
+                correction="mend the disk and open it again; its journal is still there",
+            ) from error
+        log.info(
+            "volume %s recovered %s: %d frames, %d changes",
+            record.name,
+            "completely" if done.complete else "as after a power cut",
+            done.frames,
+            done.changes,
+        )
+
+    async def _find(self, branch: int) -> FoundJournal | None:
+        paths = dict(self._context.storage.paths())
+
+        def look() -> FoundJournal | None:
+            for device_id, folder in paths.items():
+                found = read_journal(folder, device_id, branch)
+                if found is not None:
+                    return found
+                unlink_files([path for path in journal_paths(folder, branch) if path.exists()])
+            return None
+
+        return await self._context.threads.run(look)
+
+    def branches(self) -> list[int]:
+        """Return the branches that have a journal on some device. Blocks briefly; for start-up."""
+        found = set()
+        for folder in self._context.storage.paths().values():
+            for path in (folder / "journal").glob("*.0"):
+                try:
+                    found.add(int(path.stem, 16))
+                except ValueError:
+                    log.warning("%s is no journal of ours: left alone", path)
+        return sorted(found)
+
+    async def settle_all(self) -> None:
+        """Recover every volume that has a journal; one that cannot be recovered is refused when it is opened."""
+        for number in self.branches():
+            try:
+                record = self._volume_of(number)
+                if record is not None and not record.deleting:
+                    await self.settle(record)
+            except BlockvirtError as error:
+                log.error("branch %d: %s (%s) %s", number, error.message, error.cause, error.correction)
+
+    def _volume_of(self, branch: int) -> VolumeRecord | None:
+        with self._context.store.read() as reader:
+            found = reader.record(BranchRecord, Table.BRANCHES, number_key(branch))
+            if found is None:
+                return None
+            return reader.record(VolumeRecord, Table.VOLUMES, found.volume_id.encode())

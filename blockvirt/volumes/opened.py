@@ -1,0 +1,83 @@
+"""One open volume with everything that works on it: opened on the first session, closed after the last."""
+
+import logging
+from dataclasses import replace
+
+from blockvirt.errors import BlockvirtError, VolumeStopped
+from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.records import BranchRecord, VolumeRecord
+from blockvirt.meta.store import Writer
+from blockvirt.volumes.checkpoint import Checkpointer
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.flush import Flusher, sync_data
+from blockvirt.volumes.slow_path import SlowPath
+from blockvirt.volumes.volume import Volume, stopped_error
+
+log = logging.getLogger("blockvirt.volumes")
+
+
+class OpenVolume:
+    """A volume's parts, wired."""
+
+    def __init__(self, context: VolumeContext, record: VolumeRecord, branch: BranchRecord) -> None:
+        self.volume = Volume(context, record, branch)
+        self.flusher = Flusher(self.volume)
+        self.checkpointer = Checkpointer(self.volume, self.flusher)
+        self.slow = SlowPath(self.volume, self.flusher, self.checkpointer)
+        self._watch = self.volume.tasks.start(self.checkpointer.watch(), "watch")
+
+    async def close(self) -> None:
+        """Checkpoint, give reserved space back, remove the journal and close every descriptor.
+
+        A volume that has stopped keeps its journal and its files as they are, for recovery. Never raises for what
+        the disk does: that stops the volume.
+        """
+        volume = self.volume
+        if volume.failure is None:
+            try:
+                await self.checkpointer.run()
+                async with self.flusher.syncing:
+                    await sync_data(volume)
+            except BlockvirtError as error:
+                log.error("volume %s: closing: %s", volume.record.name, error)
+        await self.abandon(keep_journal=volume.failure is not None)
+
+    async def abandon(self, *, keep_journal: bool) -> None:
+        """Close every descriptor and let memory go, without a checkpoint."""
+        volume = self.volume
+        self._watch.cancel()
+        if volume.age_timer is not None:
+            volume.age_timer.cancel()
+        await volume.inflight.drained()
+        await volume.tasks.wait()
+        if volume.failure is not None:
+            await self._note_stop(volume.failure)
+        await volume.files.close(give_back=volume.failure is None)
+        journal = volume.journal
+        if journal is not None:
+            await volume.context.threads.run(lambda: journal.close(remove=not keep_journal))
+        volume.map.close()
+
+    async def _note_stop(self, failure: VolumeStopped) -> None:
+        """Keep in the metadata that the volume stopped; best effort, the journal has its own note."""
+        number = self.volume.map.branch
+
+        def change(writer: Writer) -> None:
+            branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
+            if branch is not None:
+                writer.put_record(Table.BRANCHES, number_key(number), replace(branch, stopped=failure.cause))
+
+        try:
+            await self.volume.context.store.commit(change)
+        except BlockvirtError as error:
+            log.error("volume %s: cannot note in the metadata that it stopped: %s", self.volume.record.name, error)
+
+
+def opening(context: VolumeContext, record: VolumeRecord) -> OpenVolume:
+    """Open a volume; raises VolumeStopped where it waits for ``volume reopen``, DamagedRecord."""
+    with context.store.read() as reader:
+        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
+    assert branch is not None, "a volume and its branch are made in one transaction"
+    if branch.stopped:
+        raise stopped_error(record.name, branch.stopped)
+    return OpenVolume(context, record, branch)

@@ -1,0 +1,131 @@
+"""Giving freed chunks back to the filesystem: after the commit that dropped them, in the background, repeatable.
+
+Rows of the punch table are (file, first chunk) -> count, written in the transaction that dropped the last entry. A
+crash repeats some punches, without harm: their addresses are never used again.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from blockvirt.errors import BlockvirtError, DamagedRecord
+from blockvirt.limits import PUNCH_BATCH, PUNCH_PAUSE_S
+from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
+from blockvirt.meta.records import FileRecord, unseal
+from blockvirt.meta.store import Reader, Store, Writer
+from blockvirt.pool.backing import backing_path
+from blockvirt.syscalls import punch_hole
+from blockvirt.volumes.context import IoThreads, Storage
+
+log = logging.getLogger("blockvirt.punch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Punch:
+    file: FileRecord | None
+    number: int
+    chunk: int
+    count: int
+
+
+class Puncher:
+    """The worker of the punch table. One per pool."""
+
+    def __init__(
+        self,
+        store: Store,
+        storage: Storage,
+        threads: IoThreads,
+        chunk_shift: int,
+        drained: Callable[[int], Awaitable[None]],
+    ) -> None:
+        """``drained(branch)`` returns when no thread uses an address that the branch's map has dropped by now."""
+        self._store = store
+        self._storage = storage
+        self._threads = threads
+        self._chunk_shift = chunk_shift
+        self._drained = drained
+        self._work = asyncio.Event()
+        self._work.set()
+
+    def wake(self) -> None:
+        """See PunchQueue."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Work until cancelled; a few punches at a time, because a filesystem may stall a file's writes for each."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            after = b""
+            while True:
+                try:
+                    batch, after = self._batch(after)
+                    if not batch:
+                        break
+                    await self._punch(batch)
+                except BlockvirtError as error:
+                    log.error("freed space is not given back for now: %s", error)
+                    break
+                await asyncio.sleep(PUNCH_PAUSE_S)
+
+    def _batch(self, after: bytes) -> tuple[list[_Punch], bytes]:
+        batch: list[_Punch] = []
+        with self._store.read() as reader:
+            for key, stored in reader.scan(Table.PUNCH, start=after):
+                number, chunk = split_pair(key)
+                try:
+                    count = int.from_bytes(unseal(key, stored, what="a punch row"), "little")
+                    batch.append(_Punch(self._file(reader, number), number, chunk, count))
+                except DamagedRecord as error:
+                    log.error("%s", error)
+                after = key + b"\0"
+                if len(batch) == PUNCH_BATCH:
+                    break
+        return batch, after
+
+    def _file(self, reader: Reader, number: int) -> FileRecord | None:
+        return reader.record(FileRecord, Table.FILES, number_key(number))
+
+    async def _punch(self, batch: Sequence[_Punch]) -> None:
+        for branch in {punch.file.branch for punch in batch if punch.file is not None}:
+            await self._drained(branch)
+        paths = self._storage.paths()
+        done: list[_Punch] = []
+        for punch in batch:
+            if punch.file is None:
+                done.append(punch)
+            elif folder := paths.get(punch.file.device_id):
+                path = backing_path(folder, punch.file.branch, punch.number)
+                if await self._threads.run(partial(self._punch_one, path, punch)):
+                    done.append(punch)
+
+        def forget(writer: Writer) -> None:
+            for punch in done:
+                writer.delete(Table.PUNCH, pair_key(punch.number, punch.chunk))
+
+        await self._store.commit(forget)
+        for punch in done:
+            if punch.file is not None:
+                self._storage.mapped(punch.file.device_id, punch.number, -punch.count)
+
+    def _punch_one(self, path: Path, punch: _Punch) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            log.error("cannot open %s to give freed chunks back: %s", path, error)
+            return False
+        try:
+            punch_hole(fd, punch.chunk << self._chunk_shift, punch.count << self._chunk_shift)
+            return True
+        except OSError as error:
+            log.error("cannot punch %d chunks out of %s: %s", punch.count, path, error)
+            return False
+        finally:
+            os.close(fd)

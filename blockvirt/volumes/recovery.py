@@ -1,0 +1,175 @@
+"""Recovery of one volume from the journal that a dead daemon left.
+
+Same page cache as the journal was written through (only the daemon died): every uncovered frame is replayed, nothing
+that was answered is lost, flushed or not (I3b). Another one (a reboot, a filesystem mounted anew), or the volume had
+stopped for I7, or the first sync fails: the oldest uncovered generation is replayed up to the last durable mark.
+
+Both end alike: files are cut back to the high-water mark that this gives and synced, freed addresses are queued for
+punching, one metadata commit covers it all, and only then is the journal removed. Twice gives the same as once.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
+from blockvirt.meta.records import BranchRecord, FileRecord
+from blockvirt.meta.store import Writer
+from blockvirt.pool.backing import BackingFile, backing_path, unlink_files
+from blockvirt.volumes.checkpoint import leaf_rows, write_map, write_punches
+from blockvirt.volumes.context import VolumeContext, files_of
+from blockvirt.volumes.journal import FoundJournal
+from blockvirt.volumes.journal_frames import Change, Frame, Kind, read_frames
+from blockvirt.volumes.leaf_map import LeafCache, LeafMap
+
+log = logging.getLogger("blockvirt.recovery")
+
+_UNBOUNDED_BYTES = 1 << 40  # the journal bounds how many leaves a replay can touch
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What recovery did, for the log and for tests."""
+
+    branch: int
+    complete: bool
+    """Every answered change was replayed; False: only what was flushed."""
+    frames: int
+    changes: int
+
+
+class Replay:
+    """The map and the files of a branch while frames are applied to them."""
+
+    def __init__(self, context: VolumeContext, branch: BranchRecord, records: Iterable[FileRecord]) -> None:
+        self.map = LeafMap(context.store, branch, LeafCache(_UNBOUNDED_BYTES))
+        self.freed: list[int] = []
+        self.used = {record.number: record.used_chunks for record in records}
+        self.live = {record.number: record.live_chunks for record in records}
+        self.mapped_chunks = branch.mapped_chunks
+        self.changes = 0
+
+    def apply(self, change: Change) -> None:
+        """Apply one run of map changes."""
+        self.changes += 1
+        for index in range(change.count):
+            entry = change.entry + index if change.entry else 0
+            old = self.map.put(change.chunk + index, entry)
+            if old == entry:
+                continue
+            if old:
+                self.mapped_chunks -= 1
+            if old >= FRESH:
+                self.freed.append(old & ADDRESS_MASK)
+                self.live[file_of(old)] -= 1
+            if entry:
+                number = file_of(entry)
+                self.mapped_chunks += 1
+                self.live[number] += 1
+                self.used[number] = max(self.used[number], chunk_of(entry) + 1)
+
+
+def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Recovery:
+    """Bring a branch's map up to what the journal says, durably, and remove the journal. Blocks; run in a thread.
+
+    Raises DeviceFault where a device or a file is missing (the journal stays), DamagedRecord, MetadataFault, OSError.
+    """
+    records = files_of(context.store, branch.number)
+    complete = not found.stop_reason and _same_page_cache(context, found, records)
+    frames = _frames(branch, found, complete=complete)
+    replay = _replay(context, branch, records, frames)
+    files = _open(context, branch, records, replay)
+    try:
+        try:
+            _cut_and_sync(files)
+        except OSError:
+            if not complete:
+                raise
+            log.exception("branch %d: the first sync of recovery failed: trusting durable marks only", branch.number)
+            complete = False
+            frames = _frames(branch, found, complete=False)
+            replay = _replay(context, branch, records, frames)
+            for file in files:
+                file.used_chunks = replay.used[file.number]
+            _cut_and_sync(files)
+        _commit(context, branch, records, replay)
+    finally:
+        for file in files:
+            file.close()
+    unlink_files(found.paths)
+    return Recovery(branch.number, complete, len(frames), replay.changes)
+
+
+def _same_page_cache(context: VolumeContext, found: FoundJournal, records: list[FileRecord]) -> bool:
+    devices = {record.device_id for record in records} | {found.device_id}
+    identities = found.header.identities
+    return all(identities.get(device) == context.storage.identity_of(device) for device in devices)
+
+
+def _frames(branch: BranchRecord, found: FoundJournal, *, complete: bool) -> list[Frame]:
+    """Return the MAP frames to replay, in order."""
+    oldest = branch.covered_generation + 1
+    frames = list(read_frames(found.logs[oldest & 1], oldest, branch.covered_sequence + 1, branch.journal_chain))
+    if not complete:
+        upto = max((frame.marked() for frame in frames if frame.kind is Kind.MARK), default=0)
+        return [frame for frame in frames if frame.kind is Kind.MAP and frame.sequence <= upto]
+    last = frames[-1] if frames else None
+    sequence = last.sequence if last else branch.covered_sequence
+    chain = last.crc if last else branch.journal_chain
+    # The next generation is open while a checkpoint of the oldest runs; its chain goes on from there.
+    frames += read_frames(found.logs[(oldest + 1) & 1], oldest + 1, sequence + 1, chain)
+    return [frame for frame in frames if frame.kind is Kind.MAP]
+
+
+def _replay(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], frames: list[Frame]) -> Replay:
+    replay = Replay(context, branch, records)
+    for frame in frames:
+        for change in frame.changes():
+            replay.apply(change)
+    return replay
+
+
+def _open(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay) -> list[BackingFile]:
+    files: list[BackingFile] = []
+    try:
+        for record in records:
+            path = backing_path(context.storage.path_of(record.device_id), branch.number, record.number)
+            if not replay.used[record.number] and not path.exists():
+                continue  # its record was made, the file not yet
+            file = BackingFile(replace(record, used_chunks=replay.used[record.number]), path, context.chunk_shift)
+            file.open()
+            files.append(file)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return files
+
+
+def _cut_and_sync(files: list[BackingFile]) -> None:
+    for file in files:
+        file.cut()
+        file.sync()
+
+
+def _commit(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay) -> None:
+    rows = leaf_rows(branch, replay.map.freeze())
+    recovered = replace(
+        branch,
+        # Two generations can have been open; a fresh chain makes sure that nothing left of them ever fits again.
+        covered_generation=branch.covered_generation + 2,
+        journal_chain=secrets.randbits(32),
+        mapped_chunks=replay.mapped_chunks,
+        stopped="",
+    )
+    files = [
+        replace(record, used_chunks=replay.used[record.number], live_chunks=replay.live[record.number])
+        for record in records
+    ]
+
+    def change(writer: Writer) -> None:
+        write_map(writer, recovered, files, rows)
+        write_punches(writer, replay.freed)
+
+    context.store.commit_now(change)

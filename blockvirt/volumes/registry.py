@@ -1,0 +1,176 @@
+"""Which volumes are open: opened for the first session, shared by all, closed after the last.
+
+A volume that nobody uses holds no memory, no descriptor and no journal.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from blockvirt.errors import BeingDeleted, BlockvirtError, InUse, NotFound, ShuttingDown
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import VolumeRecord
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.leftovers import Leftovers
+from blockvirt.volumes.opened import OpenVolume, opening
+
+log = logging.getLogger("blockvirt.volumes")
+
+
+class _Slot:
+    """One volume's place: who holds it, and a lock under which it opens and closes."""
+
+    __slots__ = ("handles", "lock", "opened")
+
+    def __init__(self) -> None:
+        self.opened: OpenVolume | None = None
+        self.handles: set[Handle] = set()
+        self.lock = asyncio.Lock()
+
+
+class VolumeRegistry:
+    """The open volumes of the pool."""
+
+    def __init__(self, context: VolumeContext, leftovers: Leftovers, wake_deleter: Callable[[], None]) -> None:
+        self._context = context
+        self._leftovers = leftovers
+        self._wake_deleter = wake_deleter
+        self._slots: dict[str, _Slot] = {}
+        self._closing = False
+        self._tasks = TaskSet("registry")
+
+    # --- sessions ------------------------------------------------------------------------------------------------
+
+    async def open(self, volume_id: str, session_id: str) -> Handle:
+        """Open a volume for a session; raises NotFound, BeingDeleted, VolumeStopped, DeviceFault, ShuttingDown."""
+        self._record(volume_id)
+        slot = self._slots.setdefault(volume_id, _Slot())
+        async with slot.lock:
+            if self._closing:
+                raise ShuttingDown("the daemon is stopping", correction="connect again when it has started")
+            record = self._record(volume_id)
+            if slot.opened is None:
+                await self._leftovers.settle(record)
+                slot.opened = opening(self._context, record)
+            handle = Handle(slot.opened, session_id, self._close)
+            slot.handles.add(handle)
+            return handle
+
+    def _record(self, volume_id: str) -> VolumeRecord:
+        with self._context.store.read() as reader:
+            record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+        if record is None:
+            raise NotFound(f"there is no volume {volume_id}", correction="see 'blockvirt volume list'")
+        if record.deleting:
+            raise BeingDeleted(f"volume {volume_id} is being deleted", correction="use another volume")
+        return record
+
+    async def _close(self, handle: Handle) -> None:
+        # In a task of its own: the session that closes may be cancelled, the checkpoint must not be.
+        await asyncio.shield(self._tasks.start(self._let_go(handle), "close"))
+
+    async def _let_go(self, handle: Handle) -> None:
+        volume_id = handle.volume_id
+        slot = self._slots[volume_id]
+        slot.handles.discard(handle)
+        async with slot.lock:
+            if slot.handles or slot.opened is None:
+                return
+            opened, slot.opened = slot.opened, None
+            await opened.close()
+
+    # --- what the control plane asks (volumes.ports.OpenVolumes) ---------------------------------------------------
+
+    def is_open(self, volume_id: str) -> bool:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        return slot is not None and slot.opened is not None
+
+    def sessions_of(self, volume_id: str) -> int:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        return len(slot.handles) if slot is not None else 0
+
+    def mapped_chunks(self, volume_id: str) -> int | None:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        return slot.opened.volume.tail.mapped_chunks if slot is not None and slot.opened is not None else None
+
+    async def resize(self, volume_id: str, size_bytes: int) -> None:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        if slot is not None and slot.opened is not None:
+            assert size_bytes >= slot.opened.volume.size_bytes
+            slot.opened.volume.size_bytes = size_bytes
+
+    async def discard(self, volume_id: str) -> None:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        if slot is None:
+            return
+        for handle in list(slot.handles):
+            handle.lose()
+        async with slot.lock:
+            opened, slot.opened = slot.opened, None
+            if opened is not None:
+                opened.volume.stop("it is being deleted", InUse("deleted"))
+                await opened.abandon(keep_journal=True)
+            slot.handles.clear()
+
+    def wake_deleter(self) -> None:
+        """See OpenVolumes."""
+        self._wake_deleter()
+
+    # --- administration ------------------------------------------------------------------------------------------
+
+    def opened(self) -> list[OpenVolume]:
+        """Return the volumes that are open now."""
+        return [slot.opened for slot in self._slots.values() if slot.opened is not None]
+
+    async def drained(self, branch: int) -> None:
+        """Return when no operation in a thread uses an address that the branch's map has dropped by now."""
+        for opened in self.opened():
+            if opened.volume.map.branch == branch:
+                await opened.volume.inflight.drained()
+
+    async def reopen(self, volume_id: str) -> None:
+        """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first."""
+        self._record(volume_id)
+        slot = self._slots.setdefault(volume_id, _Slot())
+        for handle in list(slot.handles):
+            handle.lose()
+        async with slot.lock:
+            record = self._record(volume_id)
+            opened = slot.opened
+            if opened is not None:
+                if opened.volume.failure is None:
+                    raise InUse(f"volume {record.name} has not stopped", correction="nothing is to be done")
+                slot.opened = None
+                await opened.abandon(keep_journal=True)
+            await self._leftovers.settle(record, reopen=True)
+
+    def forget(self, volume_id: str) -> None:
+        """Drop what is kept of a volume that is deleted for good."""
+        self._slots.pop(volume_id, None)
+
+    def stop_all(self, error: BaseException) -> None:
+        """The metadata store failed: nothing more of any volume is acknowledged (I7)."""
+        for opened in self.opened():
+            opened.volume.stop("the metadata store has failed", error)
+
+    async def close(self) -> None:
+        """Close every volume: sessions must be gone or are dropped."""
+        self._closing = True
+        for slot in list(self._slots.values()):
+            for handle in list(slot.handles):
+                handle.lose()
+            async with slot.lock:
+                opened, slot.opened = slot.opened, None
+                if opened is not None:
+                    try:
+                        await opened.close()
+                    except BlockvirtError as error:
+                        log.error("closing volume %s: %s", opened.volume.record.name, error)
+        await self._tasks.wait()

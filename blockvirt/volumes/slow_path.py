@@ -1,0 +1,241 @@
+"""What cannot be answered at once: cold reads, copies of cold chunks, waiting for space, zeroes and trims, extents.
+
+Every operation that writes or stages holds its chunks (``Volume.busy``) from the plan to the staging, so that address,
+copy and entry are decided in one piece. Between a ``stage`` and its ``settle`` there is never an await.
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from blockvirt.device import Extent, ExtentState
+from blockvirt.errors import NotSupported
+from blockvirt.limits import LEAF_CHUNKS
+from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
+from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
+from blockvirt.lun.plan import Action, WriteStep, plan_read
+from blockvirt.pool.backing import BackingFile
+from blockvirt.volumes.checkpoint import Checkpointer
+from blockvirt.volumes.flush import Flusher
+from blockvirt.volumes.journal_opening import open_journal
+from blockvirt.volumes.transfer import assign
+from blockvirt.volumes.volume import Volume, fill_zeros
+
+
+class SlowPath:
+    """The async verbs of one open volume."""
+
+    def __init__(self, volume: Volume, flusher: Flusher, checkpointer: Checkpointer) -> None:
+        self._volume = volume
+        self._flusher = flusher
+        self._checkpointer = checkpointer
+        self._opening_journal = asyncio.Lock()
+
+    # --- read ----------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into``, in a thread where the page cache does not hold it. Raises DeviceFault, OSError."""
+        volume = self._volume
+        volume.check()
+        volume.stats.slow_reads += 1
+        parts: list[tuple[BackingFile, int, memoryview]] = []
+        for step in plan_read(volume.map.readable, offset, len(into), volume.chunk_shift):
+            part = into[step.start : step.start + step.length]
+            if step.entry:
+                position = (chunk_of(step.entry) << volume.chunk_shift) + step.within
+                parts.append((volume.files.get(file_of(step.entry)), position, part))
+            else:
+                fill_zeros(part)
+
+        def read_all() -> None:
+            for file, position, part in parts:
+                file.read(part, position)
+
+        await self._in_thread(read_all)
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        """Run ``work`` in a thread, as an operation that punches must wait for, even if the caller is cancelled."""
+        volume = self._volume
+        number = volume.inflight.enter()
+        task = volume.tasks.start(self._finish(work, number), "io")
+        await asyncio.shield(task)
+
+    async def _finish(self, work: Callable[[], None], number: int) -> None:
+        try:
+            await self._volume.context.threads.run(work)
+        finally:
+            self._volume.inflight.leave(number)
+
+    # --- write ---------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Write ``data``; raises PoolFull, VolumeStopped, DeviceFault, OSError."""
+        volume = self._volume
+        volume.stats.slow_writes += 1
+        first, last = offset >> volume.chunk_shift, (offset + len(data) - 1) >> volume.chunk_shift
+        async with volume.busy.hold(first, last):
+            await self._write_held(offset, data)
+        if fua:
+            await self._flusher.flush()
+
+    async def _write_held(self, offset: int, data: memoryview) -> None:
+        volume = self._volume
+        steps = volume.plan(offset, len(data))
+        while not volume.has_room(steps):
+            await self._make_room(steps)
+            steps = volume.plan(offset, len(data))
+        volume.check()
+        transfers = assign(volume, steps, data)
+
+        def run_all() -> None:
+            for transfer in transfers:
+                transfer.run()
+
+        if volume.context.pressure.high or any(step.action is Action.COPY for step in steps):
+            await self._in_thread(run_all)
+        else:
+            run_all()
+        volume.context.pressure.wrote(len(data))
+        # A checkpoint may have filled up the room meanwhile; the entries belong to this operation alone (busy).
+        while not volume.has_journal_room(len(transfers)):
+            await self._make_journal_room(len(transfers))
+        for transfer in transfers:
+            volume.stage_transfer(transfer)
+        volume.settle()
+
+    async def _make_room(self, steps: list[WriteStep]) -> None:
+        new = [step for step in steps if step.action is not Action.OVERWRITE]
+        chunks = sum(step.count for step in new)
+        if self._volume.tail.room() < chunks:
+            await self._volume.tail.make_room(chunks)
+            await self._admit_new_device()
+        if not self._volume.has_journal_room(len(new)):
+            await self._make_journal_room(len(new))
+
+    async def _make_journal_room(self, changes: int) -> None:
+        """Return when so many changes can be journalled: opens the journal, or waits for a checkpoint."""
+        volume = self._volume
+        volume.check()
+        if volume.journal is None:
+            async with self._opening_journal:
+                if volume.journal is None:
+                    await open_journal(volume)
+        elif not volume.has_journal_room(changes):
+            await self._checkpointer.run()
+
+    async def _admit_new_device(self) -> None:
+        journal, storage = self._volume.journal, self._volume.context.storage
+        for file in self._volume.files.own():
+            identity = storage.identity_of(file.device_id)
+            if journal is not None and journal.header.identities.get(file.device_id) != identity:
+                await self._volume.context.threads.run(partial(journal.admit_device, file.device_id, identity))
+
+    # --- zero and trim -------------------------------------------------------------------------------------------
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool = False, fua: bool = False) -> None:
+        """Make a range read as zeros: unmapped where ``punch`` allows it, else allocated and zeroed."""
+        volume = self._volume
+        volume.check()
+        if fast and not punch:
+            raise NotSupported("allocating zeroes is no faster than writing them", correction="write zeros instead")
+        shift, end = volume.chunk_shift, offset + length
+        first, last = offset >> shift, (end - 1) >> shift
+        async with volume.busy.hold(first, last):
+            whole = (offset + volume.chunk_bytes - 1) >> shift
+            # The chunk in which the volume ends counts as whole when the range reaches that end.
+            whole_end = last + 1 if end == volume.size_bytes else end >> shift
+            head_end = min(end, whole << shift)
+            if offset < head_end:
+                await self._zero_part(offset, head_end, punch)
+            while whole < whole_end:
+                stop = min(whole_end, ((whole >> SLOT_BITS) + 1) << SLOT_BITS)
+                await (self._unmap(whole, stop) if punch else self._allocate_zeros(whole, stop))
+                whole = stop
+                await asyncio.sleep(0)  # one leaf at a time, then others get a turn: 4 GiB of trim stalls nobody
+            tail_start = max(head_end, whole_end << shift)
+            if tail_start < end:
+                await self._zero_part(tail_start, end, punch)
+        if fua:
+            await self._flusher.flush()
+
+    async def _zero_part(self, start: int, end: int, punch: bool) -> None:
+        """Zero less than a chunk: written into it, so that a later overwrite needs no space."""
+        volume = self._volume
+        if punch and not volume.map.readable(start >> volume.chunk_shift):
+            return
+        await self._write_held(start, memoryview(bytes(end - start)))
+
+    async def _unmap(self, first: int, end: int) -> None:
+        """Unmap whole chunks of one leaf. Needs no new chunk, so it works in a full pool (I10)."""
+        volume = self._volume
+        entries = volume.map.leaf(first >> SLOT_BITS).entries
+        base = first >> SLOT_BITS << SLOT_BITS
+        if entries is NO_ENTRIES or not any(entries[first - base : end - base]):
+            return
+        while not volume.has_journal_room(1):
+            await self._make_journal_room(1)
+        volume.stage(first, end - first, 0)
+        volume.settle()
+
+    async def _allocate_zeros(self, first: int, end: int) -> None:
+        """Allocate whole chunks and make them zero: fresh ones are zeroed in place, others get a new address."""
+        volume = self._volume
+        chunk = first
+        while chunk < end:
+            entry = volume.map.writable(chunk)
+            count = 1
+            while chunk + count < end and _alike(entry, volume.map.writable(chunk + count), count):
+                count += 1
+            if entry >= FRESH:
+                file, position = volume.files.get(file_of(entry)), chunk_of(entry) << volume.chunk_shift
+                await self._in_thread(partial(file.zero, position, count << volume.chunk_shift))
+            else:
+                await self._map_new(chunk, count)
+            chunk += count
+
+    async def _map_new(self, chunk: int, count: int) -> None:
+        volume = self._volume
+        while volume.tail.room() < count or not volume.has_journal_room(1):
+            await self._make_room([WriteStep(Action.ALLOCATE, chunk, count, 0, 0, 0, 0)])
+        _, entry = volume.tail.take(count)
+        volume.stage(chunk, count, entry | FRESH)
+        volume.settle()
+
+    # --- extents -------------------------------------------------------------------------------------------------
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe a range by chunks: data, or a hole that reads as zeros."""
+        volume = self._volume
+        volume.check()
+        shift, end = volume.chunk_shift, offset + length
+        found: list[Extent] = []
+        at = offset
+        while at < end:
+            chunk = at >> shift
+            leaf = volume.map.leaf(chunk >> SLOT_BITS)
+            leaf_end = min(end, ((chunk >> SLOT_BITS) + 1) << (SLOT_BITS + shift))
+            if leaf.entries is NO_ENTRIES:
+                _extend(found, leaf_end - at, ExtentState.HOLE | ExtentState.ZERO)
+                at = leaf_end
+            else:
+                for entry in leaf.entries[chunk % LEAF_CHUNKS : ((leaf_end - 1) >> shift) % LEAF_CHUNKS + 1]:
+                    stop = min(leaf_end, (at >> shift) + 1 << shift)
+                    state = ExtentState.DATA if entry & ADDRESS_MASK else ExtentState.HOLE | ExtentState.ZERO
+                    _extend(found, stop - at, state)
+                    at = stop
+            if not (chunk >> SLOT_BITS) & 63:
+                await asyncio.sleep(0)
+        return found
+
+
+def _alike(first: int, entry: int, distance: int) -> bool:
+    if first >= FRESH:
+        return entry == first + distance
+    return entry < FRESH
+
+
+def _extend(found: list[Extent], length: int, state: ExtentState) -> None:
+    if found and found[-1].state == state:
+        found[-1] = Extent(found[-1].length_bytes + length, state)
+    else:
+        found.append(Extent(length, state))

@@ -1,0 +1,200 @@
+"""Where new chunks come from: a branch's open files, the one it appends to, and space reserved ahead of need."""
+
+import asyncio
+import errno
+from dataclasses import replace
+
+from blockvirt.errors import DeviceFault, PoolFull
+from blockvirt.limits import RESERVE_STEP_MAX_BYTES, RESERVE_STEP_MIN_BYTES
+from blockvirt.lun.address import CHUNK_MASK, address
+from blockvirt.meta.keys import POOL_KEY, Table, number_key, pair_key
+from blockvirt.meta.records import FileRecord, PoolRecord, VolumeRecord
+from blockvirt.meta.store import Writer
+from blockvirt.pool.backing import BackingFile, backing_path
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.context import VolumeContext, files_of
+
+
+class BranchFiles:
+    """The backing files of one branch that an open volume reads and writes; opened on first use."""
+
+    def __init__(self, context: VolumeContext, branch: int) -> None:
+        self._context = context
+        self.branch = branch
+        self.open_files: dict[int, BackingFile] = {}
+        """By number; the data path looks here first."""
+        self.records = {record.number: record for record in files_of(context.store, branch)}
+        """As the store has them."""
+
+    def get(self, number: int) -> BackingFile:
+        """Return an open file; raises DeviceFault where its device or the file itself is not there."""
+        file = self.open_files.get(number)
+        if file is None:
+            file = self._describe(number)
+            file.open()
+            self._admit(file)
+        return file
+
+    def _describe(self, number: int) -> BackingFile:
+        record = self.records.get(number)
+        if record is None:  # an origin's file: read only
+            with self._context.store.read() as reader:
+                record = reader.record(FileRecord, Table.FILES, number_key(number))
+            if record is None:
+                raise DeviceFault(
+                    f"backing file {number} has no record in the metadata", correction="run 'blockvirt check'"
+                )
+        folder = self._context.storage.path_of(record.device_id)
+        return BackingFile(record, backing_path(folder, record.branch, number), self._context.chunk_shift)
+
+    def _admit(self, file: BackingFile) -> None:
+        self.open_files[file.number] = file
+        self._note_reserved(file, file.reserved_chunks - file.used_chunks)
+
+    def _note_reserved(self, file: BackingFile, chunks: int) -> None:
+        if chunks and file.number in self.records:
+            self._context.storage.reserved(file.device_id, chunks << self._context.chunk_shift)
+
+    def own(self) -> list[BackingFile]:
+        """Return the open files that belong to this branch, oldest first."""
+        return [file for number, file in sorted(self.open_files.items()) if number in self.records]
+
+    def unsynced(self) -> list[BackingFile]:
+        """Return the files with writes that no sync covers yet."""
+        return [file for file in self.open_files.values() if file.unsynced_bytes]
+
+    async def create(self, volume: VolumeRecord, needed_bytes: int) -> BackingFile:
+        """Add a backing file on the device that policy picks; its record is durable before the file exists."""
+        device_id = self._context.storage.place(volume, needed_bytes)
+
+        def change(writer: Writer) -> FileRecord:
+            pool = writer.record(PoolRecord, Table.POOL, POOL_KEY)
+            assert pool is not None
+            record = FileRecord(pool.next_file, self.branch, device_id)
+            writer.put_record(Table.POOL, POOL_KEY, replace(pool, next_file=pool.next_file + 1))
+            writer.put_record(Table.FILES, number_key(record.number), record)
+            writer.put(Table.BRANCH_FILES, pair_key(self.branch, record.number), b"")
+            return record
+
+        record = await self._context.store.commit(change)
+        self.records[record.number] = record
+        file = self._describe(record.number)
+        await self._context.threads.run(file.open)
+        self._admit(file)
+        return file
+
+    async def close(self, *, give_back: bool = True) -> None:
+        """Close the descriptors, and give space reserved ahead back to the filesystem.
+
+        Everything must be synced. Without ``give_back`` (the volume stopped) the files stay as they are for recovery.
+        """
+        files = list(self.open_files.values())
+        self.open_files.clear()
+        for file in files:
+            self._note_reserved(file, file.used_chunks - file.reserved_chunks)
+
+        def close_all() -> None:
+            for file in files:
+                if give_back:
+                    assert not file.unsynced_bytes, "closing a file with unsynced writes can lose their error"
+                    if file.number in self.records and file.reserved_chunks > file.used_chunks:
+                        file.cut()
+                file.close()
+
+        await self._context.threads.run(close_all)
+
+
+class Tail:
+    """The end of a branch: hands out addresses, never one twice, and keeps space reserved ahead of them."""
+
+    def __init__(self, context: VolumeContext, files: BranchFiles, volume: VolumeRecord, tasks: TaskSet) -> None:
+        self._context = context
+        self._files = files
+        self._volume = volume
+        self._tasks = tasks
+        self._making_room = asyncio.Lock()
+        self._file: BackingFile | None = None
+        self._ahead: asyncio.Task[None] | None = None
+        self.mapped_chunks = 0
+        """Of the whole branch: what reservation steps grow with."""
+
+    def room(self) -> int:
+        """Return how many chunks ``take`` can hand out at once."""
+        file = self._file
+        if file is None:
+            return 0
+        return min(file.reserved_chunks, self._context.file_chunks) - file.used_chunks
+
+    def take(self, count: int) -> tuple[BackingFile, int]:
+        """Hand out ``count`` consecutive addresses: the file, and the first as a map entry without flags."""
+        file = self._file
+        assert file is not None
+        assert count <= self.room()
+        first = file.used_chunks
+        assert first + count <= CHUNK_MASK
+        file.used_chunks += count
+        self._context.storage.reserved(file.device_id, -(count << self._context.chunk_shift))
+        if self._ahead is None and file.reserved_chunks - file.used_chunks < self._step_chunks() // 2:
+            self._ahead = self._tasks.start(self._reserve_ahead(), "reserve")
+        return file, address(file.number, first)
+
+    def _step_chunks(self) -> int:
+        mapped_bytes = self.mapped_chunks << self._context.chunk_shift
+        step = min(max(mapped_bytes // 8, RESERVE_STEP_MIN_BYTES), RESERVE_STEP_MAX_BYTES)
+        return max(1, step >> self._context.chunk_shift)
+
+    async def _reserve_ahead(self) -> None:
+        try:
+            async with self._making_room:
+                if self._file is not None and self.room() < self._step_chunks():
+                    await self._extend(self._file, self._step_chunks())
+        except (PoolFull, OSError):
+            pass  # who really needs the space asks again and is told
+        finally:
+            self._ahead = None
+
+    async def make_room(self, count: int) -> None:
+        """Return when ``take(count)`` will succeed; raises PoolFull or DeviceFault."""
+        assert 0 < count <= self._context.file_chunks
+        async with self._making_room:
+            while self.room() < count:
+                file = self._file or self._newest()
+                if file is None or file.used_chunks + count > self._context.file_chunks:
+                    if file is not None:
+                        file.sealed = True
+                    file = await self._files.create(self._volume, count << self._context.chunk_shift)
+                self._file = file
+                if self.room() < count:
+                    await self._extend_for(file, count)
+
+    def _newest(self) -> BackingFile | None:
+        open_records = [record for record in self._files.records.values() if not record.sealed]
+        if not open_records:
+            return None
+        return self._files.get(max(record.number for record in open_records))
+
+    async def _extend_for(self, file: BackingFile, count: int) -> None:
+        step = self._step_chunks()
+        if step > count:
+            try:
+                await self._extend(file, step)
+                return
+            except PoolFull:
+                pass  # not a whole step ahead any more, but perhaps what is needed now
+        await self._extend(file, count)
+
+    async def _extend(self, file: BackingFile, chunks: int) -> None:
+        length = chunks << self._context.chunk_shift
+        storage = self._context.storage
+        storage.admit(file.device_id, length)
+        try:
+            await self._context.threads.run(lambda: file.reserve(chunks))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise PoolFull(
+                f"the filesystem of {file.path} has no room for {length} bytes more",
+                cause="it is full, although the pool's own limits are not reached: something else fills it",
+                correction="free space there, or add a device with 'blockvirt device add'",
+            ) from error
+        storage.reserved(file.device_id, length)

@@ -1,0 +1,280 @@
+"""An open volume: what can be answered at once, and the state that the slow paths share.
+
+``read_now`` and ``write_now`` run on the event loop, without a task, a future, a thread or a lock: look up the map,
+``preadv``/``pwrite`` the page cache, stage map changes in memory. ``settle`` then appends everything staged to the
+journal in one ``pwrite``, before any reply and before the loop runs anything else: a write that was replied to survives
+SIGKILL (I3b). What would block returns False and goes through ``slow_path``.
+"""
+
+import asyncio
+import logging
+import struct
+
+from blockvirt.errors import BlockvirtError, VolumeStopped
+from blockvirt.limits import MAX_DIRTY_LEAVES
+from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
+from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
+from blockvirt.lun.plan import Action, WriteStep, plan_read, plan_write
+from blockvirt.meta.records import BranchRecord, VolumeRecord
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.journal import Journal
+from blockvirt.volumes.journal_frames import CHANGE
+from blockvirt.volumes.leaf_map import LeafMap
+from blockvirt.volumes.ranges import Inflight, RangeLock
+from blockvirt.volumes.stats import VolumeStats
+from blockvirt.volumes.tail import BranchFiles, Tail
+from blockvirt.volumes.transfer import Transfer, assign
+
+log = logging.getLogger("blockvirt.volumes")
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class Volume:
+    """One open volume, shared by all its sessions. Lives on the event loop."""
+
+    def __init__(self, context: VolumeContext, record: VolumeRecord, branch: BranchRecord) -> None:
+        self.context = context
+        self.record = record
+        self.branch_record = branch
+        self.size_bytes = record.size_bytes
+        self.chunk_shift = context.chunk_shift
+        self.chunk_bytes = 1 << context.chunk_shift
+        self.tasks = TaskSet(f"volume {record.name}", on_failure=self._task_failed)
+        self.map = LeafMap(context.store, branch, context.cache)
+        self.files = BranchFiles(context, branch.number)
+        self.tail = Tail(context, self.files, record, self.tasks)
+        self.tail.mapped_chunks = branch.mapped_chunks
+        self.busy = RangeLock()
+        self.inflight = Inflight()
+        self.journal: Journal | None = None
+        self.stats = VolumeStats()
+        self.freed: list[int] = []
+        """Addresses that lost their last entry since the last freeze: punched after the next commit."""
+        self.failure: VolumeStopped | None = None
+        self.checkpoint_due = asyncio.Event()
+        """Set when the journal, the dirty leaves or the age of a change ask for a checkpoint."""
+        self.age_timer: asyncio.TimerHandle | None = None
+        self._changes: list[tuple[int, int, int]] = []
+        self._mask = self.chunk_bytes - 1
+        self._leaves = self.map.leaves
+        self._open_files = self.files.open_files
+        self._epoch = self.map.epoch
+
+    # --- what the event loop answers at once ---------------------------------------------------------------------
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` from the page cache; False where a thread must read. Raises VolumeStopped, OSError."""
+        length = len(into)
+        chunk = offset >> self.chunk_shift
+        within = offset & self._mask
+        if within + length > self.chunk_bytes:
+            return self._read_span(offset, into)
+        leaf = self._leaves.get(chunk >> SLOT_BITS)
+        if leaf is None:
+            leaf = self.map.leaf(chunk >> SLOT_BITS)
+        leaf.touched = True
+        entry = leaf.entries[chunk & SLOT_MASK]
+        if self.failure is not None:
+            raise self.failure
+        if not entry:
+            into[:] = _ZEROS[:length]
+            return True
+        file = self._open_files.get((entry >> 28) & FILE_MASK) or self.files.get(file_of(entry))
+        return file.read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+
+    def _read_span(self, offset: int, into: memoryview) -> bool:
+        if self.failure is not None:
+            raise self.failure
+        for step in plan_read(self.map.readable, offset, len(into), self.chunk_shift):
+            part = into[step.start : step.start + step.length]
+            if not step.entry:
+                fill_zeros(part)
+            elif not self.files.get(file_of(step.entry)).read_cached(
+                part, (chunk_of(step.entry) << self.chunk_shift) + step.within
+            ):
+                return False
+        return True
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Write into the page cache and stage map changes; False where something would block or must wait its turn.
+
+        After True the caller must ``settle`` before it replies and before the loop runs anything else.
+        """
+        length = len(data)
+        chunk = offset >> self.chunk_shift
+        within = offset & self._mask
+        if self.busy.holds and self.busy.touches(chunk, (offset + length - 1) >> self.chunk_shift):
+            return False
+        if self.failure is not None:
+            raise self.failure
+        if self.context.pressure.high:
+            return False
+        if within + length <= self.chunk_bytes:
+            leaf = self._leaves.get(chunk >> SLOT_BITS)
+            if leaf is not None and leaf.birth == self._epoch:
+                entry = leaf.entries[chunk & SLOT_MASK]
+                if entry >= FRESH:
+                    leaf.touched = True
+                    file = self._open_files.get((entry >> 28) & FILE_MASK)
+                    if file is not None:
+                        file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+                        self.context.pressure.wrote(length)
+                        return True
+        return self._write_steps_now(offset, data)
+
+    def _write_steps_now(self, offset: int, data: memoryview) -> bool:
+        steps = self.plan(offset, len(data))
+        if not self.has_room(steps):
+            return False
+        copies = [self._old_content(step) for step in steps if step.action is Action.COPY]
+        if None in copies:
+            return False
+        try:
+            for transfer in assign(self, steps, data, copies):
+                transfer.run()
+                self.stage_transfer(transfer)
+        except BaseException:
+            self.settle()  # the steps that went well are in the map, and no caller settles after an error
+            raise
+        self.context.pressure.wrote(len(data))
+        return True
+
+    def _old_content(self, step: WriteStep) -> bytearray | None:
+        """Return what a copied chunk held, from the page cache; None where a thread must read it."""
+        content = bytearray(self.chunk_bytes)
+        file = self.files.get(file_of(step.entry))
+        return content if file.read_cached(memoryview(content), chunk_of(step.entry) << self.chunk_shift) else None
+
+    # --- shared by the fast and the slow path --------------------------------------------------------------------
+
+    def plan(self, offset: int, length: int) -> list[WriteStep]:
+        """Return the steps of a write as the map is now."""
+        return plan_write(self.map.writable, offset, length, self.chunk_shift)
+
+    def has_room(self, steps: list[WriteStep]) -> bool:
+        """Tell whether the journal, the tail and the dirty leaves can take what ``steps`` will stage."""
+        changes = sum(1 for step in steps if step.action is not Action.OVERWRITE)
+        if not changes:
+            return True
+        chunks = sum(step.count for step in steps if step.action is not Action.OVERWRITE)
+        return self.has_journal_room(changes) and self.tail.room() >= chunks
+
+    def has_journal_room(self, changes: int) -> bool:
+        """Tell whether so many more map changes can be staged before the next checkpoint."""
+        if self.journal is None or len(self.map.dirty) >= MAX_DIRTY_LEAVES:
+            return False
+        return self.journal.room() >= len(self._changes) + changes
+
+    def stage_transfer(self, transfer: Transfer) -> None:
+        """Stage the entries of a transfer whose data has been written."""
+        if transfer.first_entry:
+            self.stage(transfer.chunk, transfer.count, transfer.first_entry | FRESH)
+
+    def stage(self, chunk: int, count: int, entry: int) -> None:
+        """Change ``count`` map entries from ``chunk`` on, in memory: to ``entry + i``, or to unmapped where it is 0.
+
+        Journalled by the next ``settle``. What the head alone had allocated is freed.
+        """
+        put, freed = self.map.put, self.freed
+        if entry:
+            file = self.files.get(file_of(entry))
+            file.live_chunks += count
+            self.tail.mapped_chunks += count
+            self.context.storage.mapped(file.device_id, file.number, count)
+        for index in range(count):
+            old = put(chunk + index, entry + index if entry else 0)
+            if old:
+                self._dropped(old, freed)
+        changes = self._changes
+        if changes:
+            last_chunk, last_count, last_entry = changes[-1]
+            if chunk == last_chunk + last_count and (
+                entry == last_entry + last_count if entry and last_entry else entry == last_entry
+            ):
+                changes[-1] = (last_chunk, last_count + count, last_entry)
+                return
+        changes.append((chunk, count, entry))
+
+    def _dropped(self, old: int, freed: list[int]) -> None:
+        # An entry without FRESH belongs to an older version of the leaf, which snapshots or origins may still see.
+        if old >= FRESH:
+            freed.append(old & ADDRESS_MASK)
+            self.files.get(file_of(old)).live_chunks -= 1
+        self.tail.mapped_chunks -= 1
+
+    def settle(self) -> None:
+        """Journal everything staged since the last call, in one append. Raises VolumeStopped."""
+        if not self._changes:
+            if self.failure is not None:
+                raise self.failure
+            return
+        if self.failure is not None:
+            self._changes.clear()
+            raise self.failure
+        journal = self.journal
+        assert journal is not None
+        packed = b"".join([CHANGE.pack(*change) for change in self._changes])
+        self._changes.clear()
+        try:
+            journal.append(packed)
+        except (OSError, struct.error) as error:
+            raise self.stop("its journal cannot be written", error) from error
+        if self.age_timer is None:
+            self.age_timer = asyncio.get_running_loop().call_later(
+                self.context.checkpoint_age_s, self.checkpoint_due.set
+            )
+        if journal.half_full() or len(self.map.dirty) >= MAX_DIRTY_LEAVES // 2:
+            self.checkpoint_due.set()
+        self.stats.journal_appends += 1
+
+    def unsettled(self) -> bool:
+        """Tell whether something is staged and not journalled: never true while the loop runs anything else."""
+        return bool(self._changes)
+
+    # --- failure -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise VolumeStopped where the volume has stopped."""
+        if self.failure is not None:
+            raise self.failure
+
+    def stop(self, what: str, error: BaseException) -> VolumeStopped:
+        """Acknowledge nothing more of this volume (I7): a failed sync or commit is never retried.
+
+        Leaves word in the journal, so that recovery trusts nothing but durable marks. Returns the error to raise.
+        """
+        if self.failure is None:
+            reason = f"{what}: {error}"
+            self.failure = stopped_error(self.record.name, reason)
+            log.error("volume %s stopped: %s", self.record.name, reason)
+            if self.journal is not None:
+                try:
+                    self.journal.note_stop(reason)
+                except OSError as note_error:
+                    log.error("volume %s: cannot leave word in its journal: %s", self.record.name, note_error)
+            self.checkpoint_due.set()
+        return self.failure
+
+    def _task_failed(self, error: BaseException) -> None:
+        if not isinstance(error, BlockvirtError):
+            self.stop("of a fault in blockvirt itself", error)
+
+
+def stopped_error(name: str, reason: str) -> VolumeStopped:
+    """Return the error of a volume that acknowledges nothing until an administrator reopens it."""
+    return VolumeStopped(
+        f"volume {name} has stopped",
+        cause=reason,
+        correction=f"mend the disk, then run 'blockvirt volume reopen {name}': it comes back as after a power cut, "
+        "with everything that was flushed",
+    )
+
+
+def fill_zeros(part: memoryview) -> None:
+    """Zero a buffer of any size."""
+    size = len(_ZEROS)
+    for at in range(0, len(part), size):
+        piece = part[at : at + size]
+        piece[:] = _ZEROS[: len(piece)]
