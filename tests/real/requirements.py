@@ -29,6 +29,7 @@ PACKAGES = {
     "busybox": "busybox-static",
     "cpio": "cpio",
     "depmod": "kmod",
+    "ldd": "libc-bin",
     "modprobe": "kmod",
     "nbd-client": "nbd-client",
     "apt-get": "apt",
