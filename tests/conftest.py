@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -51,6 +52,7 @@ def _import_debian_libnbd() -> str:
 
 
 LIBNBD_MISSING = _import_debian_libnbd()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def _root_missing() -> str:
@@ -108,6 +110,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if impossible:
         items[:] = [item for item in items if item not in impossible]
         config.hook.pytest_deselected(items=impossible)
+        config.stash[LEFT_OUT] = len(impossible)
+        if hasattr(config, "workeroutput"):  # pytest-xdist: only the workers collect, only their parent reports
+            config.workeroutput["left_out"] = len(impossible)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist left out; every worker collects the same."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -153,9 +164,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(_skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"NOT RUN: {count} tests: {reason}", yellow=True)
-    without_libnbd = len(terminalreporter.stats.get("deselected", [])) if sys.version_info[:2] != (3, 11) else 0
-    if without_libnbd:
-        terminalreporter.write_line(f"NOT RUN: {without_libnbd} tests: {LIBNBD_MISSING}", yellow=True)
+    if left_out := terminalreporter.config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"NOT RUN: {left_out} tests: {LIBNBD_MISSING}", yellow=True)
 
 
 @pytest.fixture
