@@ -114,22 +114,21 @@ class Presentation:
     async def hosts(self, *, after: str = "", limit: int = 100) -> HostPage:
         """Return up to ``limit`` hosts named behind ``after``, in the order of names; damaged ones are left out."""
         found: list[Host] = []
-        while len(found) < limit:
+        while True:
             with self._store.read() as reader:
                 names = reader.scan(Table.HOST_NAMES, start=after.encode() + b"\0" if after else b"")
-                batch = [key.decode() for (key, _), _ in zip(names, range(min(READ_BATCH, limit)), strict=False)]
+                batch = [key.decode() for (key, _), _ in zip(names, range(READ_BATCH), strict=False)]
             for name in batch:
                 if len(found) == limit:
-                    break
+                    return HostPage(tuple(found), after)
                 after = name
                 try:
                     found.append(self.host(name))
                 except (DamagedRecord, NotFound) as error:
                     log.error("host %s is left out: %s", name, error.message)
-            if len(batch) < min(READ_BATCH, limit):
+            if len(batch) < READ_BATCH:
                 return HostPage(tuple(found), None)
             await sleep(0)
-        return HostPage(tuple(found), after)
 
     async def delete_host(self, name_or_id: str, *, force: bool = False) -> Host:
         """Delete a host; refused with InUse while it has units, unless forced: then their sessions are dropped."""

@@ -138,9 +138,10 @@ class Catalogue:
 
     # --- creating and changing -------------------------------------------------------------------------------------
 
-    async def create(self, wanted: NewVolume) -> Created:
+    async def create(self, wanted: NewVolume, *, also: Callable[[Writer, VolumeRecord], None] | None = None) -> Created:
         """Create a volume; the same request under the same name again returns what is there.
 
+        ``also`` runs in the transaction that creates it, with the new record; what it raises undoes the create.
         Raises InvalidSize, InvalidName, InvalidRequest, Exists (the name belongs to another kind of volume),
         LimitReached, PoolFull and OvercommitLimit.
         """
@@ -165,7 +166,7 @@ class Catalogue:
         )
         try:
             with self._grant(size_bytes):
-                record = await self._store.commit(lambda writer: insert(writer, record))
+                record = await self._store.commit(lambda writer: insert(writer, record, also))
         except Overtaken:
             assert wanted.name is not None, "only a given name can be taken"
             existing = self._same(wanted.name, wanted, size_bytes)
@@ -183,6 +184,13 @@ class Catalogue:
             found = self.get(name)
         except NotFound:
             return None
+        if found.state == "damaged":
+            raise Exists(
+                f"a volume {name!r} exists already and is damaged",
+                cause=found.damage,
+                correction="choose another name; 'blockvirt check' says more about the damage",
+                volume_id=found.id,
+            )
         differences = [
             what
             for what, same in (
@@ -193,9 +201,9 @@ class Catalogue:
             )
             if not same
         ]
-        if differences or found.state == "damaged":
+        if differences:
             raise Exists(
-                f"a volume {name!r} exists already and differs in: {', '.join(differences) or 'it is damaged'}",
+                f"a volume {name!r} exists already and differs in: {', '.join(differences)}",
                 cause=f"it has {found.size_bytes} bytes ({format_size(found.size_bytes)})",
                 correction="choose another name, or ask for the same size, labels and placement",
                 volume_id=found.id,

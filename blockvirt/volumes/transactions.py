@@ -1,6 +1,7 @@
 """The catalogue's metadata transactions: each function runs inside one transaction, in the store's writer thread."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 
 from blockvirt.errors import DamagedRecord, Exists, InUse, LimitReached, MetadataFault, NotFound, PreconditionFailed
@@ -53,10 +54,12 @@ def check_revision(volume: VolumeRecord, expected: int | None) -> None:
         )
 
 
-def insert(writer: Writer, wanted: VolumeRecord) -> VolumeRecord:
+def insert(
+    writer: Writer, wanted: VolumeRecord, also: Callable[[Writer, VolumeRecord], None] | None = None
+) -> VolumeRecord:
     """Store a new volume with its first branch and return it as stored; raises Overtaken where its name is taken.
 
-    The branch number and the epoch of its head come from the pool record, in this transaction.
+    The branch number and the epoch of its head come from the pool record, in this transaction; ``also`` joins in.
     """
     pool = pool_record(writer)
     if writer.count(Table.VOLUMES) >= MAX_VOLUMES:
@@ -76,6 +79,8 @@ def insert(writer: Writer, wanted: VolumeRecord) -> VolumeRecord:
     writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
     writer.put_record(Table.VOLUMES, record.id.encode(), record)
     writer.put(Table.VOLUME_NAMES, name.encode(), record.id.encode())
+    if also is not None:
+        also(writer, record)
     return record
 
 

@@ -1,0 +1,1 @@
+"""The allocation API over HTTP: the only room that imports aiohttp."""

@@ -1,0 +1,112 @@
+"""The application: guards, problems, typed operations, and the few resources that are not JSON of ours."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from blockvirt import __version__
+from blockvirt.api import hosts, models, pool, sessions, volumes
+from blockvirt.api.guards import check_origin
+from blockvirt.api.openapi import document
+from blockvirt.api.operations import Call, Operation, Reply, arguments_of, expected_revision
+from blockvirt.api.problems import REQUEST_ID, Handler, answer_problems
+from blockvirt.api.services import Services
+from blockvirt.limits import API_MAX_BODY_BYTES
+from blockvirt.meta.records import IdempotencyRecord
+
+__all__ = ["Services", "build"]
+
+OPERATIONS: tuple[Operation, ...] = tuple(
+    operation for room in (volumes, hosts, pool, sessions) for operation in room.operations.all
+)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build(services: Services) -> web.Application:
+    """Return the application over ``services``; ``api.server`` listens for it."""
+    app = web.Application(middlewares=[answer_problems, _refuse_foreign], client_max_size=API_MAX_BODY_BYTES)
+    for operation in OPERATIONS:
+        app.router.add_route(operation.method, operation.path, _route(operation, services))
+    openapi = json.dumps(document(OPERATIONS, __version__)).encode()
+
+    async def show_openapi(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=openapi, content_type="application/json")
+
+    async def healthz(request: web.Request) -> web.StreamResponse:
+        return _json(models.Health(status="ok"))
+
+    async def readyz(request: web.Request) -> web.StreamResponse:
+        reason = services.not_ready()
+        if not reason:
+            return _json(models.Health(status="ok"))
+        status = "stopping" if reason.startswith("stopping") else "starting"
+        return _json(models.Health(status=status, reason=reason), 503)
+
+    async def metrics(request: web.Request) -> web.StreamResponse:
+        render = services.metrics()
+        text = await asyncio.to_thread(render)
+        return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
+
+    app.router.add_get("/v1/openapi.json", show_openapi)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+@web.middleware
+async def _refuse_foreign(request: web.Request, handler: Handler) -> web.StreamResponse:
+    check_origin(request)
+    return await handler(request)
+
+
+def _route(operation: Operation, services: Services) -> RequestHandler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        arguments, raw = await arguments_of(operation, request)
+        key = request.headers.get("Idempotency-Key") if operation.idempotent else None
+        digest = hashlib.sha256(b"\0".join((request.method.encode(), request.path_qs.encode(), raw))).hexdigest()
+        call = Call(
+            services=services,
+            request_id=request[REQUEST_ID],
+            path=request.path,
+            expected_revision=expected_revision(request) if operation.conditional else None,
+            idempotency_key=key,
+            request_sha256=digest,
+        )
+        if key is None:
+            return _answer(await operation.handler(call, **arguments))
+        kept = services.idempotency.find(key, digest)
+        if kept is not None:
+            return _replay(kept)
+        with services.idempotency.running(key):
+            reply = await operation.handler(call, **arguments)
+            if services.idempotency.find(key, digest) is None:
+                text = reply.body.model_dump_json(exclude_none=True)
+                location = reply.headers.get("Location", "")
+                record = services.idempotency.answer(key, digest, reply.status, text, location)
+                await services.idempotency.keep_alone(record)
+        return _answer(reply)
+
+    return handle
+
+
+def _answer(reply: Reply) -> web.Response:
+    return _json(reply.body, reply.status, dict(reply.headers))
+
+
+def _replay(kept: IdempotencyRecord) -> web.Response:
+    headers = {"Idempotency-Replayed": "true"}
+    if kept.location:
+        headers["Location"] = kept.location
+    return web.Response(status=kept.status, body=kept.body.encode(), content_type="application/json", headers=headers)
+
+
+def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    text = body.model_dump_json(exclude_none=True).encode()
+    return web.Response(status=status, body=text, content_type="application/json", headers=headers)

@@ -1,0 +1,91 @@
+"""What is refused before a handler sees it: foreign sites in a browser, bodies that are not JSON, too large, too deep.
+
+A browser can be made to send requests to loopback by any page. It always names the page in Origin where it matters,
+and the name it resolved in Host (so DNS rebinding shows there), and it cannot send ``application/json`` across sites
+without asking first. On the unix socket there is no browser, only the owner of the file.
+"""
+
+import ipaddress
+import re
+import socket
+
+from aiohttp import web
+
+from blockvirt.errors import BodyTooLarge, ForeignOrigin, InvalidRequest, WrongMediaType
+from blockvirt.limits import API_MAX_BODY_BYTES, API_MAX_JSON_DEPTH
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:[0-9]{1,5})?", re.ASCII)
+_STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def check_origin(request: web.Request) -> None:
+    """Return if the request is no other site's; raises ForeignOrigin. Only TCP can carry such requests."""
+    if _by_unix_socket(request):
+        return
+    host = request.headers.get("Host", "")
+    match = _HOST.fullmatch(host)
+    if match is None or not is_loopback(match[1].strip("[]")):
+        raise ForeignOrigin(
+            f"requests for the host {host[:80]!r} are not answered here",
+            cause="a name that is not this machine's loopback may be another site's, in a browser",
+            correction="use 127.0.0.1, [::1] or localhost, or the unix socket",
+        )
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() != f"http://{host}".lower():
+        raise ForeignOrigin(
+            f"requests on behalf of {origin[:80]!r} are not answered here",
+            cause="a web page of another origin sent it",
+            correction="call the API from a program, or from a page that this daemon served",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` is a literal loopback address or 'localhost'."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _by_unix_socket(request: web.Request) -> bool:
+    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
+    return connection is not None and connection.family == socket.AF_UNIX
+
+
+def check_media_type(request: web.Request) -> None:
+    """Return if the body is declared as JSON; raises WrongMediaType."""
+    if request.content_type != "application/json":
+        raise WrongMediaType(
+            f"a body of type {request.headers.get('Content-Type', '(none)')[:80]!r} is not taken",
+            correction="send JSON, with 'Content-Type: application/json'",
+        )
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the whole body; raises BodyTooLarge, and InvalidRequest for JSON that nests too deeply."""
+    try:
+        raw = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BodyTooLarge(
+            f"the body is larger than {API_MAX_BODY_BYTES} bytes", correction="no legal request needs as much"
+        ) from None
+    if json_depth(raw) > API_MAX_JSON_DEPTH:
+        raise InvalidRequest(
+            f"the body nests deeper than {API_MAX_JSON_DEPTH} levels", correction="no legal request nests as deep"
+        )
+    return raw
+
+
+def json_depth(raw: bytes) -> int:
+    """Return how deeply arrays and objects nest in ``raw``, as far as it is JSON."""
+    depth = deepest = 0
+    for match in _STRINGS_AND_BRACKETS.finditer(raw):
+        token = match[0]
+        if token in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (b"]", b"}"):
+            depth -= 1
+    return deepest

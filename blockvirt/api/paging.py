@@ -1,0 +1,32 @@
+"""Page tokens: where to go on, sealed against reading meaning into them. Pure.
+
+A token holds the last name of the page before, so that items that come and go meanwhile shift nothing, and what was
+listed, so that it is not used on another list.
+"""
+
+import base64
+import binascii
+import json
+
+from blockvirt.errors import InvalidRequest
+
+
+def page_token(listing: str, after: str) -> str:
+    """Return the token that goes on behind ``after`` in ``listing`` (what was listed, its filter included)."""
+    return base64.urlsafe_b64encode(json.dumps([listing, after], separators=(",", ":")).encode()).decode().rstrip("=")
+
+
+def page_after(token: str | None, listing: str) -> str:
+    """Return the name to go on after, '' for the first page; raises InvalidRequest for a token of another list."""
+    if token is None:
+        return ""
+    try:
+        parts = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
+    except (ValueError, binascii.Error, RecursionError):
+        parts = None
+    if not (isinstance(parts, list) and len(parts) == 2 and parts[0] == listing and isinstance(parts[1], str)):
+        raise InvalidRequest(
+            "the page_token does not belong to this list",
+            correction="send the next_page_token of the page before, with the same filter; or none for the first page",
+        )
+    return parts[1]

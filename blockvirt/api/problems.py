@@ -1,0 +1,117 @@
+"""Errors as RFC 9457 problem documents: one shape for everything that can go wrong."""
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from blockvirt.api.models import FieldProblem, Problem
+from blockvirt.errors import (
+    BlockvirtError,
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    OperationPending,
+)
+from blockvirt.limits import API_MAX_BODY_BYTES
+
+log = logging.getLogger("blockvirt.api")
+
+MEDIA_TYPE = "application/problem+json"
+REQUEST_ID = web.RequestKey("request_id", str)
+RETRY_AFTER_S = 1
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class InvalidFields(InvalidRequest):
+    """Fields of a request that do not fit; ``fields`` names each with what is wrong."""
+
+    def __init__(self, what: str, error: ValidationError) -> None:
+        """Take over what pydantic found in ``what`` ('the body', 'the query')."""
+        self.fields = [
+            FieldProblem(pointer="".join(f"/{_escaped(part)}" for part in found["loc"]), detail=found["msg"])
+            for found in error.errors(include_url=False, include_context=False, include_input=False)[:20]
+        ]
+        first = self.fields[0]
+        super().__init__(
+            f"{what} is not valid: {first.pointer or '/'}: {first.detail}",
+            correction="see 'errors'; /v1/openapi.json describes every request",
+        )
+
+
+def _escaped(part: str | int) -> str:
+    return str(part)[:80].replace("~", "~0").replace("/", "~1")
+
+
+def problem_of(error: BlockvirtError, instance: str, request_id: str) -> Problem:
+    """Return the document for an error of the tree."""
+    return Problem(
+        type=f"urn:blockvirt:problem:{error.code}",
+        title=error.code.replace("-", " "),
+        status=error.http_status,
+        detail=error.message,
+        instance=instance,
+        code=error.code,
+        cause=error.cause or None,
+        correction=error.correction or None,
+        retryable=error.retryable,
+        request_id=request_id,
+        details=error.details or None,
+        errors=error.fields if isinstance(error, InvalidFields) else None,
+    )
+
+
+@web.middleware
+async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give each request an id, and each failure a problem document; nothing else leaves as an error."""
+    request_id = secrets.token_hex(8)
+    request[REQUEST_ID] = request_id
+    headers: dict[str, str] = {}
+    try:
+        response = await handler(request)
+        response.headers.setdefault("X-Request-Id", request_id)
+        return response
+    except BlockvirtError as failure:
+        error = failure
+    except web.HTTPException as failure:
+        error = _translated(request, failure)
+        if allow := failure.headers.get("Allow"):
+            headers["Allow"] = allow
+    except Exception:
+        log.exception("request %s failed: %s %s", request_id, request.method, request.path)
+        error = BlockvirtError(
+            "the request failed for a reason that is our mistake",
+            correction=f"look for request {request_id} in the daemon's log, and report it",
+        )
+    if error.http_status >= 500:
+        log.warning("request %s: %s %s: %s", request_id, request.method, request.path, error.message)
+    if isinstance(error, OperationPending):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    document = problem_of(error, request.path, request_id)
+    return web.Response(
+        status=document.status,
+        body=document.model_dump_json(exclude_none=True).encode(),
+        content_type=MEDIA_TYPE,
+        headers={"X-Request-Id": request_id, **headers},
+    )
+
+
+def _translated(request: web.Request, failure: web.HTTPException) -> BlockvirtError:
+    """Return the error of the tree for one that aiohttp raised itself."""
+    if failure.status == HTTPStatus.NOT_FOUND:
+        return NotFound(
+            f"there is no resource {request.path[:200]!r}", correction="/v1/openapi.json says what there is"
+        )
+    if failure.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = failure.headers.get("Allow", "")
+        return MethodNotAllowed(
+            f"{request.method[:20]} is not possible on {request.path[:200]!r}", correction=f"possible are: {allowed}"
+        )
+    if failure.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return BodyTooLarge(f"the body is larger than {API_MAX_BODY_BYTES} bytes")
+    return InvalidRequest(f"the request cannot be understood: {failure.reason}")

@@ -1,0 +1,27 @@
+"""What the handlers work with: one frozen object that the daemon puts together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blockvirt.api.idempotency import Idempotency
+from blockvirt.lun.presentation import Presentation
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.ports import DeviceAdmin, Endpoints, PoolSpace, SessionControl
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The rooms behind the API."""
+
+    catalogue: Catalogue
+    presentation: Presentation
+    sessions: SessionControl
+    space: PoolSpace
+    devices: DeviceAdmin
+    idempotency: Idempotency
+    endpoints: Callable[[], Endpoints]
+    """Where the daemon listens; asked on each request, because ports are known late."""
+    not_ready: Callable[[], str]
+    """Why the daemon does not serve: 'starting' or 'stopping' first; empty when it does."""
+    metrics: Callable[[], Callable[[], bytes]]
+    """Takes the figures on the event loop; what it returns makes text of them and runs in a thread."""
