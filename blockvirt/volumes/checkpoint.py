@@ -81,7 +81,7 @@ class Checkpointer:
         volume.stats.checkpoints += 1
         volume.stats.checkpoint_s += time.perf_counter() - started_s
         if frozen.freed:
-            volume.context.punches.wake()
+            volume.context.punches.set()
 
     def _freeze(self) -> Frozen | None:
         """Take the volume's map state, in one piece: no await in here."""

@@ -59,13 +59,6 @@ class IoThreads:
         self._executor.shutdown(wait=True)
 
 
-class PunchQueue(Protocol):
-    """Who gives freed chunks back to the filesystem, after the commit that dropped them."""
-
-    def wake(self) -> None:
-        """Say that the metadata store has new punch rows."""
-
-
 @dataclass(frozen=True, slots=True)
 class VolumeContext:
     """Everything an open volume shares with the others."""
@@ -77,7 +70,8 @@ class VolumeContext:
     threads: IoThreads
     cache: LeafCache
     pressure: WritePressure
-    punches: PunchQueue
+    punches: asyncio.Event
+    """Set when the metadata store has new punch rows."""
     file_chunks: int
     """Chunks after which a backing file is rotated."""
     checkpoint_age_s: float

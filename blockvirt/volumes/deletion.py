@@ -12,9 +12,9 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
 from blockvirt.limits import DELETE_BATCH_ROWS
 from blockvirt.meta.keys import Table, number_key, pair_key
 from blockvirt.meta.records import FileRecord, VolumeRecord
-from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import backing_path, unlink_files
-from blockvirt.volumes.context import IoThreads, Storage, files_of
+from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import journal_paths
 
 log = logging.getLogger("blockvirt.deletion")
@@ -24,17 +24,12 @@ class Deleter:
     """The worker that removes volumes flagged ``deleting``. One per pool."""
 
     def __init__(
-        self,
-        store: Store,
-        storage: Storage,
-        threads: IoThreads,
-        discard: Callable[[str], Awaitable[None]],
-        gone: Callable[[str], None],
+        self, context: VolumeContext, discard: Callable[[str], Awaitable[None]], gone: Callable[[str], None]
     ) -> None:
         """``discard(volume id)`` drops its sessions and closes it; ``gone(volume id)`` hears of the end."""
-        self._store = store
-        self._storage = storage
-        self._threads = threads
+        self._store = context.store
+        self._storage = context.storage
+        self._threads = context.threads
         self._discard = discard
         self._gone = gone
         self._work = asyncio.Event()

@@ -16,10 +16,10 @@ from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.limits import PUNCH_BATCH, PUNCH_PAUSE_S
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord, unseal
-from blockvirt.meta.store import Reader, Store, Writer
+from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path
 from blockvirt.syscalls import punch_hole
-from blockvirt.volumes.context import IoThreads, Storage
+from blockvirt.volumes.context import VolumeContext
 
 log = logging.getLogger("blockvirt.punch")
 
@@ -35,25 +35,14 @@ class _Punch:
 class Puncher:
     """The worker of the punch table. One per pool."""
 
-    def __init__(
-        self,
-        store: Store,
-        storage: Storage,
-        threads: IoThreads,
-        chunk_shift: int,
-        drained: Callable[[int], Awaitable[None]],
-    ) -> None:
+    def __init__(self, context: VolumeContext, drained: Callable[[int], Awaitable[None]]) -> None:
         """``drained(branch)`` returns when no thread uses an address that the branch's map has dropped by now."""
-        self._store = store
-        self._storage = storage
-        self._threads = threads
-        self._chunk_shift = chunk_shift
+        self._store = context.store
+        self._storage = context.storage
+        self._threads = context.threads
+        self._chunk_shift = context.chunk_shift
         self._drained = drained
-        self._work = asyncio.Event()
-        self._work.set()
-
-    def wake(self) -> None:
-        """See PunchQueue."""
+        self._work = context.punches
         self._work.set()
 
     async def run(self) -> None:

@@ -1,0 +1,168 @@
+"""The embedded engine: a pool with its metadata, devices, open volumes and background workers, in order up and down.
+
+Everything that touches a pool goes through one of these: the daemon holds one for its life, tests and tools open their
+own. ``close`` is the unwinding of ``start``.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockvirt.errors import InvalidRequest, MetadataFault
+from blockvirt.ids import new_id
+from blockvirt.limits import (
+    BACKGROUND_SYNC_BYTES,
+    CHECKPOINT_AGE_S,
+    DEFAULT_CHUNK_BYTES,
+    IO_THREADS,
+    LEAF_CACHE_BYTES,
+    MAX_BACKING_FILE_BYTES,
+    MAX_CHUNK_BYTES,
+    METADATA_RESERVE_BYTES,
+    MIN_CHUNK_BYTES,
+)
+from blockvirt.meta.keys import POOL_KEY, Table
+from blockvirt.meta.records import DeviceRecord, PoolRecord
+from blockvirt.meta.store import Reader, Store
+from blockvirt.pool.devices import claim_all
+from blockvirt.pool.lock import lock_pool
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.context import IoThreads, VolumeContext
+from blockvirt.volumes.deletion import Deleter
+from blockvirt.volumes.leaf_map import LeafCache
+from blockvirt.volumes.leftovers import Leftovers
+from blockvirt.volumes.pressure import WritePressure
+from blockvirt.volumes.punch import Puncher
+from blockvirt.volumes.registry import VolumeRegistry
+from blockvirt.volumes.storage import PoolStorage
+
+log = logging.getLogger("blockvirt.pool")
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an administrator may choose about the engine; the defaults are those of ``limits``."""
+
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    """Only when the pool is created: a power of two."""
+    leaf_cache_bytes: int = LEAF_CACHE_BYTES
+    metadata_reserve_bytes: int = METADATA_RESERVE_BYTES
+    checkpoint_age_s: float = CHECKPOINT_AGE_S
+    backing_file_bytes: int = MAX_BACKING_FILE_BYTES
+
+
+class Engine:
+    """A running pool. Made by ``start``."""
+
+    def __init__(self, context: VolumeContext, storage: PoolStorage) -> None:
+        self.context = context
+        self.store = context.store
+        self.storage = storage
+        self.leftovers = Leftovers(context)
+        self.registry = VolumeRegistry(context, self.leftovers, self._wake_deleter)
+        self.puncher = Puncher(context, self.registry.drained)
+        self.deleter = Deleter(context, self.registry.discard, self.registry.forget)
+        self._stack = AsyncExitStack()
+
+    @classmethod
+    async def start(cls, state_dir: Path, devices: Sequence[Path], settings: EngineSettings | None = None) -> "Engine":
+        """Open the pool in ``state_dir``, creating it at the first start, and recover what a dead daemon left.
+
+        ``devices`` are directories that belong to the pool from now on; those that do already are left alone. Raises
+        PoolLocked, MetadataFault, DeviceFault, InvalidRequest.
+        """
+        settings = settings or EngineSettings()
+        async with AsyncExitStack() as stack:
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.callback(lock_pool(state_dir).release)
+            store = Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
+            stack.callback(store.close)
+            pool = _pool_record(store, settings)
+            threads = IoThreads(IO_THREADS)
+            stack.callback(threads.close)
+            with store.read() as reader:
+                members = _members(reader)
+            storage = PoolStorage(store, threads, *claim_all(members, pool.id))
+            stack.callback(storage.release)
+            await _add_devices(storage, members, devices)
+            engine = cls(_context(settings, pool, storage, store, threads), storage)
+            stack.push_async_callback(engine.registry.close)
+            store.on_failure(engine.registry.stop_all)
+            await engine.leftovers.settle_all()
+            workers = TaskSet("pool")
+            stack.push_async_callback(workers.close)
+            workers.start(engine.puncher.run(), "punch")
+            workers.start(engine.deleter.run(), "delete")
+            engine._stack = stack.pop_all()
+            return engine
+
+    def _wake_deleter(self) -> None:
+        self.deleter.wake()
+
+    async def close(self) -> None:
+        """Close every volume with a checkpoint, end the workers, let go of devices and store. Idempotent."""
+        await self._stack.aclose()
+
+
+def _context(
+    settings: EngineSettings, pool: PoolRecord, storage: PoolStorage, store: Store, threads: IoThreads
+) -> VolumeContext:
+    return VolumeContext(
+        pool_id=pool.id,
+        chunk_shift=pool.chunk_bytes.bit_length() - 1,
+        store=store,
+        storage=storage,
+        threads=threads,
+        cache=LeafCache(settings.leaf_cache_bytes),
+        pressure=WritePressure(BACKGROUND_SYNC_BYTES),
+        punches=asyncio.Event(),
+        file_chunks=settings.backing_file_bytes // pool.chunk_bytes,
+        checkpoint_age_s=settings.checkpoint_age_s,
+    )
+
+
+def _pool_record(store: Store, settings: EngineSettings) -> PoolRecord:
+    """Return the pool's record, made at the first start; raises MetadataFault for a newer format."""
+    with store.read() as reader:
+        found = reader.record(PoolRecord, Table.POOL, POOL_KEY)
+    if found is not None:
+        if found.format_version > FORMAT_VERSION:
+            raise MetadataFault(
+                f"the pool has format {found.format_version}, this blockvirt reads up to {FORMAT_VERSION}",
+                correction="start the version of blockvirt that wrote it, or a newer one",
+            )
+        return found
+    size = settings.chunk_bytes
+    if size & (size - 1) or not MIN_CHUNK_BYTES <= size <= MAX_CHUNK_BYTES:
+        raise InvalidRequest(
+            f"a chunk of {size} bytes is not possible",
+            correction=f"choose a power of two from {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}",
+        )
+    made = PoolRecord(new_id(), FORMAT_VERSION, size, time.time(), epoch=0, next_branch=1, next_file=1)
+    store.commit_now(lambda writer: writer.put_record(Table.POOL, POOL_KEY, made))
+    return made
+
+
+def _members(reader: Reader) -> list[DeviceRecord]:
+    members = []
+    for key, _ in reader.scan(Table.DEVICES):
+        record = reader.record(DeviceRecord, Table.DEVICES, key)
+        assert record is not None
+        members.append(record)
+    return members
+
+
+async def _add_devices(storage: PoolStorage, members: Sequence[DeviceRecord], paths: Sequence[Path]) -> None:
+    known = {Path(member.path) for member in members}
+    for path in paths:
+        if path.resolve() in known:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        status = await storage.add(str(path), None, None, 0, {}, create=True)
+        log.info("device %s is now part of the pool: %s", status.name, status.path)

@@ -1,0 +1,324 @@
+"""The pool's devices and their space, as the data plane and the control plane see them. Figures live on the event loop.
+
+Used bytes are those of chunks that a map entry names, and of freed ones until they are punched out; they are summed up
+at start from the file records and the punch queue, and kept as plain integers from then on.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, InUse, NotFound, PoolFull
+from blockvirt.ids import check_name, new_id
+from blockvirt.limits import RESERVE_STEP_MIN_BYTES
+from blockvirt.meta.keys import POOL_KEY, Table, split_pair
+from blockvirt.meta.records import DeviceRecord, FileRecord, PoolRecord, VolumeRecord, unseal
+from blockvirt.meta.store import Store, Writer
+from blockvirt.pool.devices import Device, DeviceProblem
+from blockvirt.pool.membership import add_device, check_removable, erase_device
+from blockvirt.pool.placement import Candidate, Policy, choose
+from blockvirt.pool.space import DeviceFigures, DeviceSpace, device_space, level, pool_totals
+from blockvirt.units import format_size
+from blockvirt.volumes.context import IoThreads
+from blockvirt.volumes.ports import DeviceStatus, PoolStatus
+
+log = logging.getLogger("blockvirt.pool")
+
+
+class PoolStorage:
+    """Satisfies context.Storage, ports.PoolSpace and ports.DeviceAdmin."""
+
+    def __init__(
+        self,
+        store: Store,
+        threads: IoThreads,
+        devices: Sequence[Device],
+        problems: Sequence[DeviceProblem],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._threads = threads
+        self._clock = clock
+        self._devices = {device.record.id: device for device in devices}
+        self._problems = {problem.record.id: problem for problem in problems}
+        self._identities = {device.record.id: device.identity.to_text() for device in devices}
+        self._used_chunks: Counter[int] = Counter()
+        """By backing file."""
+        self._device_chunks: Counter[str] = Counter()
+        self._ahead_bytes: Counter[str] = Counter()
+        self._pool = self._pool_record()
+        self._chunk_bytes = self._pool.chunk_bytes
+        self._sum_up()
+
+    def _pool_record(self) -> PoolRecord:
+        with self._store.read() as reader:
+            record = reader.record(PoolRecord, Table.POOL, POOL_KEY)
+        assert record is not None
+        return record
+
+    def _sum_up(self) -> None:
+        device_of: dict[int, str] = {}
+        with self._store.read() as reader:
+            for key, _ in reader.scan(Table.FILES):
+                try:
+                    file = reader.record(FileRecord, Table.FILES, key)
+                except DamagedRecord as error:
+                    log.error("%s", error)
+                    continue
+                if file is not None:
+                    device_of[file.number] = file.device_id
+                    self.mapped(file.device_id, file.number, file.live_chunks)
+            for key, stored in reader.scan(Table.PUNCH):
+                number, _ = split_pair(key)
+                if number in device_of:
+                    count = int.from_bytes(unseal(key, stored, what="a punch row"), "little")
+                    self.mapped(device_of[number], number, count)
+
+    # --- context.Storage -------------------------------------------------------------------------------------------
+
+    def path_of(self, device_id: str) -> Path:
+        """See Storage."""
+        return self._usable(device_id).path
+
+    def _usable(self, device_id: str) -> Device:
+        device = self._devices.get(device_id)
+        if device is not None:
+            return device
+        problem = self._problems.get(device_id)
+        if problem is not None:
+            raise DeviceFault(
+                f"device {problem.record.name} is not usable: {problem.fault.message}",
+                cause=problem.fault.cause,
+                correction=problem.fault.correction,
+            )
+        raise DeviceFault(f"device {device_id} is not in this pool", correction="run 'blockvirt check'")
+
+    def identity_of(self, device_id: str) -> str:
+        """See Storage."""
+        self._usable(device_id)
+        return self._identities[device_id]
+
+    def paths(self) -> Mapping[str, Path]:
+        """See Storage."""
+        return {device_id: device.path for device_id, device in self._devices.items()}
+
+    def place(self, volume: VolumeRecord, needed_bytes: int) -> str:
+        """See Storage."""
+        self._check_metadata()
+        policy = Policy(volume.placement_devices, volume.placement_labels)
+        return choose([self._candidate(device) for device in self._devices.values()], policy, needed_bytes).id
+
+    def _candidate(self, device: Device) -> Candidate:
+        record = device.record
+        try:
+            return Candidate(record.id, record.name, self._space(device).free_bytes, record.labels)
+        except BlockvirtError as error:
+            return Candidate(record.id, record.name, 0, record.labels, problem=error.message)
+
+    def admit(self, device_id: str, needed_bytes: int) -> None:
+        """See Storage."""
+        self._check_metadata()
+        device = self._usable(device_id)
+        free_bytes = self._space(device).free_bytes
+        if free_bytes < needed_bytes:
+            raise PoolFull(
+                f"device {device.record.name} has no room for another {format_size(needed_bytes)}",
+                cause=f"{format_size(free_bytes)} are free within its limit and reserve",
+                correction="add a device ('blockvirt device add DIR'), delete or trim volumes, or raise its limit",
+                would_fit_bytes=free_bytes,
+            )
+
+    def _check_metadata(self) -> None:
+        if not self._store.reserve_ok:
+            raise PoolFull(
+                "no new chunk is given: the metadata reserve is not whole",
+                cause="the filesystem of the state directory is full",
+                correction="free space there; reads, overwrites, trims and deletes go on meanwhile",
+            )
+
+    def reserved(self, device_id: str, change_bytes: int) -> None:
+        """See Storage."""
+        self._ahead_bytes[device_id] += change_bytes
+
+    def mapped(self, device_id: str, file: int, change_chunks: int) -> None:
+        """See Storage."""
+        self._used_chunks[file] += change_chunks
+        self._device_chunks[device_id] += change_chunks
+
+    def removed(self, device_id: str, file: int) -> None:
+        """See Storage."""
+        self._device_chunks[device_id] -= self._used_chunks.pop(file, 0)
+
+    # --- figures ---------------------------------------------------------------------------------------------------
+
+    def _figures(self, device: Device) -> DeviceFigures:
+        space = device.space()
+        record = device.record
+        return DeviceFigures(
+            id=record.id,
+            filesystem=space.filesystem,
+            free_bytes=space.free_bytes,
+            used_bytes=self._device_chunks[record.id] * self._chunk_bytes,
+            ahead_bytes=max(0, self._ahead_bytes[record.id]),
+            limit_bytes=record.limit_bytes,
+            reserve_bytes=record.reserve_bytes,
+        )
+
+    def _space(self, device: Device) -> DeviceSpace:
+        return device_space(self._figures(device))
+
+    def status(self) -> PoolStatus:
+        """See PoolSpace: a statvfs (2 us) for each device."""
+        figures = []
+        devices = []
+        for device in self._devices.values():
+            try:
+                mine = self._figures(device)
+            except BlockvirtError as error:
+                devices.append(self._out_of_use(device.record, error))
+                continue
+            figures.append(mine)
+            devices.append(_in_use(device, device_space(mine)))
+        devices += [self._out_of_use(problem.record, problem.fault) for problem in self._problems.values()]
+        totals = pool_totals(figures)
+        pool = self._pool
+        reached = level(
+            totals,
+            near_ratio=pool.near_ratio,
+            brake_ratio=pool.brake_ratio,
+            least_bytes=RESERVE_STEP_MIN_BYTES,
+            metadata_ok=self._store.reserve_ok,
+        )
+        return PoolStatus(
+            id=pool.id,
+            chunk_bytes=pool.chunk_bytes,
+            capacity_bytes=totals.capacity_bytes,
+            used_bytes=totals.used_bytes,
+            reserved_bytes=totals.reserved_bytes,
+            free_bytes=totals.free_bytes,
+            level=reached.value,
+            overcommit_ratio=pool.overcommit_ratio,
+            near_ratio=pool.near_ratio,
+            brake_ratio=pool.brake_ratio,
+            devices=tuple(sorted(devices, key=lambda status: status.name)),
+        )
+
+    def policy_changed(self) -> None:
+        """See PoolSpace."""
+        self._pool = self._pool_record()
+
+    def _out_of_use(self, record: DeviceRecord, error: BlockvirtError) -> DeviceStatus:
+        return DeviceStatus(
+            id=record.id,
+            name=record.name,
+            path=record.path,
+            state=str(error.details.get("reason", "failed")),
+            capacity_bytes=0,
+            used_bytes=self._device_chunks[record.id] * self._chunk_bytes,
+            reserved_bytes=0,
+            free_bytes=0,
+            limit_bytes=record.limit_bytes,
+            reserve_bytes=record.reserve_bytes,
+            labels=record.labels,
+            problem=f"{error.message}; {error.correction}",
+        )
+
+    # --- ports.DeviceAdmin -----------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[DeviceStatus]:
+        """See DeviceAdmin."""
+        return self.status().devices
+
+    async def add(
+        self,
+        path: str,
+        name: str | None,
+        limit_bytes: int | None,
+        reserve_bytes: int,
+        labels: Mapping[str, str],
+        *,
+        create: bool = False,
+    ) -> DeviceStatus:
+        """See DeviceAdmin. ``create`` makes the directory."""
+        members = [device.record for device in self._devices.values()]
+        members += [problem.record for problem in self._problems.values()]
+        name = name if name is not None else _free_name({member.name for member in members})
+        check_name(name, what="device")
+        wanted = DeviceRecord(new_id(), name, path, self._clock(), limit_bytes, reserve_bytes, dict(labels))
+        device = await self._threads.run(lambda: add_device(wanted, self._pool.id, members, create=create))
+        record = device.record
+        try:
+            await self._store.commit(lambda writer: writer.put_record(Table.DEVICES, record.id.encode(), record))
+        except BaseException:
+            device.release()
+            raise
+        self._devices[record.id] = device
+        self._identities[record.id] = device.identity.to_text()
+        for warning in device.warnings:
+            log.warning("device %s: %s", record.name, warning)
+        return _in_use(device, self._space(device))
+
+    async def remove(self, name_or_id: str) -> None:
+        """See DeviceAdmin."""
+        device = next(
+            (d for d in self._devices.values() if name_or_id in (d.record.name, d.record.id)),
+            None,
+        )
+        if device is None:
+            raise NotFound(f"there is no usable device {name_or_id}", correction="see 'blockvirt device list'")
+        if len(self._devices) == 1:
+            raise InUse(
+                f"device {device.record.name} is the last one of the pool", correction="add another device first"
+            )
+        device_id = device.record.id
+        await self._threads.run(lambda: check_removable(device))
+
+        def change(writer: Writer) -> bool:
+            for key, _ in writer.scan(Table.FILES):
+                file = writer.record(FileRecord, Table.FILES, key)
+                if file is not None and file.device_id == device_id:
+                    return False
+            return writer.delete(Table.DEVICES, device_id.encode())
+
+        # Out of sight first, so that no file is placed on it between the check and its end.
+        del self._devices[device_id]
+        try:
+            if not await self._store.commit(change):
+                raise InUse(
+                    f"device {device.record.name} still holds files of volumes",
+                    correction="delete the volumes on it first ('blockvirt volume show' says where their data lies)",
+                )
+        except BaseException:
+            self._devices[device_id] = device
+            raise
+        await self._threads.run(lambda: erase_device(device))
+
+    def release(self) -> None:
+        """Let go of all devices' locks."""
+        for device in self._devices.values():
+            device.release()
+
+
+def _in_use(device: Device, space: DeviceSpace) -> DeviceStatus:
+    record = device.record
+    return DeviceStatus(
+        id=record.id,
+        name=record.name,
+        path=str(device.path),
+        state="online",
+        capacity_bytes=space.capacity_bytes,
+        used_bytes=space.used_bytes,
+        reserved_bytes=space.reserved_bytes,
+        free_bytes=space.free_bytes,
+        limit_bytes=record.limit_bytes,
+        reserve_bytes=record.reserve_bytes,
+        labels=record.labels,
+        problem="; ".join(device.warnings),
+    )
+
+
+def _free_name(taken: set[str]) -> str:
+    return next(name for number in range(1, len(taken) + 2) if (name := f"disk{number}") not in taken)
