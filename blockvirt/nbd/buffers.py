@@ -1,0 +1,109 @@
+"""Memory for requests and replies: taken when data moves, given back when the connection rests.
+
+An idle connection holds no buffer at all. Buffers come in a few sizes and are reused last in, first out, so the one in
+the processor's cache is the next one used, and no page is zeroed again for every large read.
+"""
+
+import mmap
+
+from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
+from blockvirt.units import KIB, MIB
+
+SMALL_BYTES = 128 * KIB
+"""The buffer of ordinary traffic: 31 requests of 4 KiB with their headers."""
+_HEADROOM_BYTES = 4 * KIB
+SIZES_BYTES = (
+    SMALL_BYTES,
+    256 * KIB + _HEADROOM_BYTES,
+    1 * MIB + _HEADROOM_BYTES,
+    4 * MIB + _HEADROOM_BYTES,
+    NBD_MAX_PAYLOAD_BYTES + _HEADROOM_BYTES,
+)
+_KEPT = (32, 8, 8, 2, 1)
+"""How many unused buffers of each size are kept: at most 4, 2, 8, 8 and 32 MiB."""
+_EXACT = -1
+
+
+class Buffer:
+    """One buffer of a pool. ``charge_bytes`` is what it counts in a budget: nothing for a small one."""
+
+    __slots__ = ("capacity_bytes", "charge_bytes", "kind", "view")
+
+    def __init__(self, kind: int, exact_bytes: int = 0) -> None:
+        self.kind = kind
+        if exact_bytes:
+            self.capacity_bytes = self.charge_bytes = exact_bytes
+            self.view = memoryview(bytearray(exact_bytes))
+            return
+        self.capacity_bytes = SIZES_BYTES[kind]
+        self.charge_bytes = charge_for(self.capacity_bytes)
+        # Anonymous private pages go back to the system when the last view is dropped, which a heap may not do.
+        self.view = memoryview(mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def kind_for(length_bytes: int) -> int:
+    """Return the smallest size's number that holds ``length_bytes``."""
+    for kind, size in enumerate(SIZES_BYTES):
+        if length_bytes <= size:
+            return kind
+    raise AssertionError(f"no buffer holds {length_bytes} bytes: the payload limit was not checked")
+
+
+def charge_for(length_bytes: int) -> int:
+    """Return what a buffer for ``length_bytes`` counts in a budget."""
+    kind = kind_for(length_bytes)
+    return SIZES_BYTES[kind] if kind else 0
+
+
+def charge_for_slow(length_bytes: int) -> int:
+    """Return what ``take_for_slow`` of so many bytes counts: there may be hundreds of small ones on a connection."""
+    return charge_for(length_bytes) or length_bytes
+
+
+class BufferPool:
+    """The buffers of one server."""
+
+    def __init__(self) -> None:
+        self._free: list[list[Buffer]] = [[] for _ in SIZES_BYTES]
+        self._least_free = [0] * len(SIZES_BYTES)
+        self.lent = 0
+        """How many buffers are out."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes in buffers that nobody uses."""
+        return sum(len(free) * size for free, size in zip(self._free, SIZES_BYTES, strict=True))
+
+    def take(self, length_bytes: int) -> Buffer:
+        """Return a buffer for ``length_bytes``; its content is whatever was in it."""
+        kind = 0 if length_bytes <= SMALL_BYTES else kind_for(length_bytes)
+        self.lent += 1
+        free = self._free[kind]
+        if not free:
+            return Buffer(kind)
+        buffer = free.pop()
+        if len(free) < self._least_free[kind]:
+            self._least_free[kind] = len(free)
+        return buffer
+
+    def take_for_slow(self, length_bytes: int) -> Buffer:
+        """Return a buffer for one slow request: of just its size if that is small."""
+        if length_bytes > SMALL_BYTES:
+            return self.take(length_bytes)
+        self.lent += 1
+        return Buffer(_EXACT, length_bytes)
+
+    def give(self, buffer: Buffer) -> None:
+        """Take back a buffer of which nobody has a view any more."""
+        self.lent -= 1
+        if buffer.kind == _EXACT:
+            return
+        free = self._free[buffer.kind]
+        if len(free) < _KEPT[buffer.kind]:
+            free.append(buffer)
+
+    def trim(self) -> None:
+        """Drop the buffers that were not needed since the last call; called every few seconds."""
+        for kind, free in enumerate(self._free):
+            del free[: self._least_free[kind]]
+            self._least_free[kind] = len(free)

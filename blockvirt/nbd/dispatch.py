@@ -1,0 +1,314 @@
+"""The requests of one session: parse all that have arrived, answer them, start what cannot be answered at once."""
+
+import logging
+from collections.abc import Callable
+from enum import Enum, auto
+
+from blockvirt.device import VolumeHandle
+from blockvirt.errors import BlockvirtError, ShuttingDown
+from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
+from blockvirt.nbd import constants as c
+from blockvirt.nbd.incoming import Incoming
+from blockvirt.nbd.messages import REQUEST
+from blockvirt.nbd.outgoing import Outgoing, Part
+from blockvirt.nbd.slow import SlowLane
+from blockvirt.nbd.stats import ServerStats, Traffic
+from blockvirt.nbd.transmission import ExportView, Replies, done, explain, judge
+
+log = logging.getLogger("blockvirt.nbd")
+
+_HEADER_BYTES = REQUEST.size
+
+
+class _Step(Enum):
+    NEXT = auto()
+    AGAIN = auto()
+    STOP = auto()
+
+
+class Dispatcher:
+    """Works on what ``incoming`` holds. ``backlog`` and ``starved`` say why it stopped, if not for lack of bytes."""
+
+    def __init__(
+        self,
+        name: str,
+        handle: VolumeHandle,
+        view: ExportView,
+        replies: Replies,
+        incoming: Incoming,
+        outgoing: Outgoing,
+        slow: SlowLane,
+        stats: ServerStats,
+        *,
+        finish: Callable[[str], None],
+        abandon: Callable[[str], None],
+    ) -> None:
+        self._name = name
+        self._handle = handle
+        self._view = view
+        self._replies = replies
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._slow = slow
+        self._stats = stats
+        self._finish = finish
+        self._abandon = abandon
+        self._harmless_read_flags = c.CMD_FLAG_FUA | (c.CMD_FLAG_DF if view.structured else 0)
+        self._out: list[Part] = []
+        self._wrote: list[tuple[int, int]] = []
+        self._refused: tuple[int, int, str] | None = None
+        self._fast_reads = 0
+        self._fast_writes = 0
+        self._closed = False
+        self.traffic = Traffic()
+        """What this session has carried; a slow request is in it from its start."""
+        self.backlog = False
+        """Complete requests may be left in the buffer."""
+        self.starved = False
+        """The next request waits for budget or for a slow one to end."""
+
+    def serve(self, most: int) -> int:
+        """Work through the requests in the buffer, at most ``most``; settle, reply; return how many there were."""
+        incoming = self._incoming
+        self.backlog = False
+        self._outgoing.open_arena()
+        incoming.unpark()
+        served = 0
+        if not incoming.skip_bytes or self._skip():
+            while True:
+                served += self._fast(most - served)
+                held = incoming.high - incoming.low
+                if held < _HEADER_BYTES:
+                    if held:
+                        incoming.expect(_HEADER_BYTES)
+                    break
+                if served >= most:
+                    self.backlog = True
+                    break
+                step = self._other()
+                if step is _Step.STOP:
+                    break
+                served += step is _Step.NEXT
+        if self._out:
+            self._answer()
+        return served
+
+    def _fast(self, most: int) -> int:
+        """Answer requests on the spot until one is not so simple; return how many were answered."""
+        incoming, outgoing = self._incoming, self._outgoing
+        view, low, high = incoming.view, incoming.low, incoming.high
+        arena, used, room = outgoing.arena, outgoing.used, len(outgoing.arena)
+        size, writable, harmful = self._view.size_bytes, not self._view.read_only, ~self._harmless_read_flags
+        read_now, write_now, data = self._handle.read_now, self._handle.write_now, self._replies.data
+        unpack, out, wrote = REQUEST.unpack_from, self._out, self._wrote
+        reads = writes = bytes_read = bytes_written = 0
+        command = cookie = length = 0
+        try:
+            while high - low >= _HEADER_BYTES and reads + writes < most:
+                magic, flags, command, cookie, offset, length = unpack(view, low)
+                if magic != c.REQUEST_MAGIC or offset + length > size or not length:
+                    break
+                if command == c.CMD_READ and length <= room - used and not flags & harmful:
+                    into = arena[used : used + length]
+                    if not read_now(offset, into):
+                        break
+                    out.append(data(cookie, offset, length))
+                    out.append(into)
+                    used += length
+                    low += _HEADER_BYTES
+                    reads += 1
+                    bytes_read += length
+                elif command == c.CMD_WRITE and not flags and writable and length <= high - low - _HEADER_BYTES:
+                    start = low + _HEADER_BYTES
+                    if length > NBD_MAX_PAYLOAD_BYTES or not write_now(offset, view[start : start + length]):
+                        break
+                    wrote.append((len(out), cookie))
+                    out.append(done(cookie))
+                    low = start + length
+                    writes += 1
+                    bytes_written += length
+                else:
+                    break
+        except Exception as error:
+            self._failed(command, cookie, error)
+            low += _HEADER_BYTES + (length if command == c.CMD_WRITE else 0)
+        if not self._closed:
+            incoming.low, outgoing.used = low, used
+        traffic = self.traffic
+        if reads:
+            traffic.requests[c.CMD_READ] += reads
+            traffic.bytes_read += bytes_read
+            self._fast_reads += reads
+        if writes:
+            traffic.requests[c.CMD_WRITE] += writes
+            traffic.bytes_written += bytes_written
+            self._fast_writes += writes
+        return reads + writes
+
+    def observe(self, duration_s: float) -> None:
+        """Note that the requests answered on the spot since the last call took ``duration_s``."""
+        if self._fast_reads:
+            self._stats.latency[c.CMD_READ].observe(duration_s, self._fast_reads)
+            self._fast_reads = 0
+        if self._fast_writes:
+            self._stats.latency[c.CMD_WRITE].observe(duration_s, self._fast_writes)
+            self._fast_writes = 0
+
+    def _other(self) -> _Step:
+        """Deal with the request at ``low``, whose header is complete and which ``_fast`` left."""
+        incoming = self._incoming
+        magic, flags, command, cookie, offset, length = REQUEST.unpack_from(incoming.view, incoming.low)
+        if magic != c.REQUEST_MAGIC:
+            log.warning("nbd %s: a request with magic %#x: framing is lost", self._name, magic)
+            self._finish("framing lost")
+            return _Step.STOP
+        if command == c.CMD_DISC:  # "The server MUST handle all outstanding requests"
+            self._count(command)
+            self._finish("the client disconnected")
+            return _Step.STOP
+        code, text = judge(self._view, flags, command, offset, length)
+        if code:
+            return self._refuse(command, cookie, length, code, text)
+        if command == c.CMD_READ and length:
+            step = self._read(cookie, offset, length)
+        elif command == c.CMD_WRITE and length:
+            step = self._write(flags, cookie, offset, length)
+        elif command == c.CMD_FLUSH or (length and command != c.CMD_CACHE):
+            step = self._started(self._slow.start_other(flags, command, cookie, offset, length), _HEADER_BYTES)
+        else:  # CACHE: "MAY use this information"; the page cache does it better. Or a request about nothing.
+            self._out.append(self._replies.no_data(cookie) if command == c.CMD_READ else done(cookie))
+            incoming.low += _HEADER_BYTES
+            step = _Step.NEXT
+        if step is _Step.NEXT:
+            self._count(command, length)
+        return step
+
+    def _read(self, cookie: int, offset: int, length: int) -> _Step:
+        outgoing = self._outgoing
+        if length > len(outgoing.arena) - outgoing.used:
+            if self._out:
+                self.backlog = True  # send first: that empties the arena
+                return _Step.STOP
+            if length > len(outgoing.arena):
+                return _Step.AGAIN if outgoing.open_arena(length) else self._make_room()
+        if not outgoing.used:
+            outgoing.rest()  # the volume cannot answer at once, and a slow read has a buffer of its own
+        started = self._slow.start_read(cookie, offset, length)
+        if not outgoing.used:
+            outgoing.open_arena()
+        return self._started(started, _HEADER_BYTES)
+
+    def _write(self, flags: int, cookie: int, offset: int, length: int) -> _Step:
+        incoming, slow = self._incoming, self._slow
+        need = _HEADER_BYTES + length
+        if incoming.high - incoming.low < need:
+            return _Step.STOP if incoming.expect(need) else self._make_room()
+        if slow.full:
+            return self._make_room()
+        start = incoming.low + _HEADER_BYTES
+        data, fua = incoming.view[start : start + length], bool(flags & c.CMD_FLAG_FUA)
+        buffer = incoming.detach(need)
+        if buffer is not None:
+            slow.start_write(cookie, offset, data, buffer, fua=fua)
+            return _Step.NEXT
+        return self._started(slow.start_small_write(cookie, offset, data, fua=fua), need)
+
+    def _started(self, started: bool, consumed_bytes: int) -> _Step:
+        if not started:
+            return self._make_room()
+        self._incoming.low += consumed_bytes
+        return _Step.NEXT
+
+    def _make_room(self) -> _Step:
+        """There is no budget or slot for a request: give back what is not needed and try again, else wait."""
+        self.backlog = True
+        outgoing = self._outgoing
+        if self._out:
+            return _Step.STOP  # sending may free more
+        if outgoing.charged:
+            outgoing.rest()
+            outgoing.open_arena()
+            return _Step.AGAIN
+        if self._incoming.shrink():
+            return _Step.AGAIN
+        self.starved = True
+        return _Step.STOP
+
+    def _refuse(self, command: int, cookie: int, length: int, code: int, text: str) -> _Step:
+        incoming = self._incoming
+        self._count(command)
+        incoming.low += _HEADER_BYTES
+        if command == c.CMD_WRITE:  # the reply goes out when the payload has gone by: framing stays intact
+            incoming.skip_bytes = length
+            self._refused = (cookie, code, text)
+            return _Step.NEXT if self._skip() else _Step.STOP
+        self._error(cookie, code, text)
+        return _Step.NEXT
+
+    def _skip(self) -> bool:
+        """Throw away payload of a refused write; True and the reply is ready if all of it has gone by."""
+        incoming = self._incoming
+        step = min(incoming.skip_bytes, incoming.high - incoming.low)
+        incoming.low += step
+        incoming.skip_bytes -= step
+        if incoming.skip_bytes:
+            return False
+        assert self._refused is not None
+        self._error(*self._refused)
+        self._refused = None
+        return True
+
+    def _error(self, cookie: int, code: int, text: str) -> None:
+        self._stats.error(code)
+        self._out.append(self._replies.error(cookie, code, text))
+
+    def _failed(self, command: int, cookie: int, error: Exception) -> None:
+        """A ``*_now`` verb raised: that request fails, the others go on."""
+        if isinstance(error, ShuttingDown):
+            self._abandon("the volume is shutting down")
+            return
+        if not isinstance(error, BlockvirtError | OSError):
+            log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command], exc_info=error)
+        self._count(command)
+        self._error(cookie, *explain(error))
+
+    def _answer(self) -> None:
+        """Settle what was written in this batch, then send all replies of it."""
+        out, self._out = self._out, []
+        wrote, self._wrote = self._wrote, []
+        if wrote:
+            try:
+                self._handle.settle()
+            except ShuttingDown:
+                self._abandon("the volume is shutting down")
+                return
+            except Exception as error:
+                # None of these writes is known to survive: not one of them may be acknowledged (I3b, I7)
+                log.warning("nbd %s: %d writes not acknowledged: %s", self._name, len(wrote), error)
+                code, text = explain(error)
+                for place, cookie in wrote:
+                    self._stats.error(code)
+                    out[place] = self._replies.error(cookie, code, text)
+        self._outgoing.send(out)
+
+    def _count(self, command: int, length: int = 0) -> None:
+        if command < len(c.COMMAND_NAMES):
+            self.traffic.requests[command] += 1
+            if command == c.CMD_READ:
+                self.traffic.bytes_read += length
+            elif command == c.CMD_WRITE:
+                self.traffic.bytes_written += length
+
+    def close(self) -> None:
+        """Send nothing more. What ``write_now`` took is settled even so: the volume relies on that."""
+        if self._closed:
+            return
+        self._closed = True
+        self.backlog = False
+        self._out.clear()
+        if self._wrote:
+            self._wrote.clear()
+            try:
+                self._handle.settle()
+            except Exception as error:
+                log.warning("nbd %s: settling at the end of the session failed: %s", self._name, error)

@@ -1,0 +1,167 @@
+"""The receiving side of a session: where request bytes lie, and how much room they get.
+
+Requests are parsed where they were received. A request whose payload does not fit gets a larger buffer, charged to the
+budget before any of its payload is read; into such a buffer no more is received than that request's own bytes, so that
+it can be given away whole, and nobody waits for memory while holding much of it.
+"""
+
+import socket
+
+from blockvirt.nbd.budget import ConnectionBudget
+from blockvirt.nbd.buffers import SMALL_BYTES, Buffer, BufferPool, charge_for
+from blockvirt.units import KIB
+
+_NOTHING = memoryview(b"")
+_PARKED_BYTES = 16 * KIB
+"""A partial request up to this size is copied out when the connection rests, and the buffer given back."""
+_REMEMBER_TURNS = 64
+"""For so many turns after a large request the next one finds a large buffer ready (saves a copy)."""
+
+
+class Incoming:
+    """Bytes received and not yet worked on: ``view[low:high]``."""
+
+    def __init__(self, sock: socket.socket, pool: BufferPool, budget: ConnectionBudget, leftover: bytes) -> None:
+        self._recv_into = sock.recv_into
+        self._pool = pool
+        self._budget = budget
+        self._buffer: Buffer | None = None
+        self._parked = leftover
+        self._limit = 0
+        self._expected_bytes = 0
+        self._expected_turns = 0
+        self.view = _NOTHING
+        self.low = 0
+        self.high = 0
+        self.total_bytes = 0
+        """Bytes received since the beginning."""
+        self.skip_bytes = 0
+        """Payload bytes of a refused write that are still to be thrown away."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of buffer held."""
+        return self._buffer.capacity_bytes if self._buffer else len(self._parked)
+
+    @property
+    def charged(self) -> bool:
+        """Whether the buffer counts in the budget."""
+        return self._buffer is not None and self._buffer.charge_bytes > 0
+
+    def receive(self) -> int:
+        """Receive what is there. Returns its size; 0 if nothing is there, -1 at the end. Raises OSError."""
+        if self._buffer is None:
+            self.unpark()
+        elif self.low == self.high:
+            self.low = self.high = 0
+            self._limit = SMALL_BYTES
+        assert self.high < self._limit, "no room to receive: expect() was not asked for it"
+        try:
+            received = self._recv_into(self.view[self.high : self._limit])
+        except BlockingIOError:
+            return 0
+        if received == 0:
+            return -1
+        self.high += received
+        self.total_bytes += received
+        return received
+
+    def unpark(self) -> None:
+        """Take a buffer, if there is none, and put back what was parked."""
+        if self._buffer is not None:
+            return
+        size = 0
+        if self._expected_turns:
+            self._expected_turns -= 1
+            if self._budget.take(charge_for(self._expected_bytes)):
+                size = self._expected_bytes
+            else:
+                self._budget.stop_waiting()  # it would only have saved a copy
+        self._restore(size)
+
+    def _restore(self, size_bytes: int = 0) -> None:
+        self._hold(self._pool.take(max(size_bytes, len(self._parked))))
+        self.high = len(self._parked)
+        self.view[: self.high] = self._parked
+        self._parked = b""
+
+    def _hold(self, buffer: Buffer) -> None:
+        self._buffer = buffer
+        self.view = buffer.view
+        self.low = self.high = 0
+        self._limit = SMALL_BYTES
+
+    def expect(self, need_bytes: int) -> bool:
+        """Make room for the request at ``low``, which has ``need_bytes`` in all. False: the budget is spent for now."""
+        assert self._buffer is not None
+        capacity = self._buffer.capacity_bytes
+        if need_bytes > SMALL_BYTES:
+            self._expected_bytes, self._expected_turns = need_bytes, _REMEMBER_TURNS
+        if need_bytes > capacity and not self._grow(need_bytes):
+            return False
+        if self.low + need_bytes > self._buffer.capacity_bytes:
+            kept = self.high - self.low
+            self.view[:kept] = self.view[self.low : self.high]
+            self.low, self.high = 0, kept
+        self._limit = self.low + need_bytes if self._buffer.charge_bytes else SMALL_BYTES
+        return True
+
+    def _grow(self, need_bytes: int) -> bool:
+        if not self._budget.take(charge_for(need_bytes)):
+            return False
+        kept = self.view[self.low : self.high]
+        old = self._buffer
+        self._hold(self._pool.take(need_bytes))
+        self.high = len(kept)
+        self.view[: self.high] = kept
+        self._release(old)
+        return True
+
+    def _release(self, buffer: Buffer | None) -> None:
+        if buffer is not None:
+            self._pool.give(buffer)
+            self._budget.give(buffer.charge_bytes)
+
+    def detach(self, request_bytes: int) -> Buffer | None:
+        """Give away the buffer with the complete request at ``low``, charge and all; None if it is small: copy it.
+
+        What follows the request moves to a new buffer and stands at its beginning.
+        """
+        assert self._buffer is not None
+        if request_bytes <= SMALL_BYTES:
+            return None
+        given = self._buffer
+        self._parked = bytes(self.view[self.low + request_bytes : self.high])
+        assert given.charge_bytes, "a large request in a small buffer"
+        assert len(self._parked) <= SMALL_BYTES, "a charged buffer received more than its request"
+        self._buffer = None
+        self._restore()
+        return given
+
+    def park(self) -> None:
+        """Rest: give the buffer back unless it holds much of an unfinished request."""
+        kept = self.high - self.low
+        if self._buffer is None or kept > _PARKED_BYTES:
+            return
+        self._parked = bytes(self.view[self.low : self.high])
+        self._drop_buffer()
+
+    def shrink(self) -> bool:
+        """Exchange a charged buffer for a small one where what it holds fits: before waiting for more of the budget."""
+        if not self.charged or self.high - self.low > SMALL_BYTES:
+            return False
+        self._parked = bytes(self.view[self.low : self.high])
+        self._drop_buffer()
+        self._restore()
+        return True
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._parked = b""
+        self._drop_buffer()
+
+    def _drop_buffer(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        self.view = _NOTHING
+        self.low = self.high = 0
+        self._release(buffer)

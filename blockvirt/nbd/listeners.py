@@ -1,0 +1,123 @@
+"""Listening sockets: TCP, unix, and those that a service manager hands over; and who is at the other end."""
+
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import MutableMapping
+
+from blockvirt.errors import InUse, InvalidRequest
+from blockvirt.limits import UNIX_PATH_MAX_BYTES
+
+_BACKLOG = 128
+_FIRST_ACTIVATED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
+
+
+def tcp_listener(family: int, address: tuple[object, ...]) -> socket.socket:
+    """Return a socket that listens on a resolved TCP address; raises InUse or OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(
+                f"TCP address {address[0]} port {address[1]} is taken by another program",
+                correction="choose another port, or 0 to have one chosen",
+            ) from None
+        raise
+    return sock
+
+
+def unix_listener(path: str, mode: int) -> socket.socket:
+    """Return a socket that listens on ``path``; a dead socket there is replaced. Raises InvalidRequest, InUse, OSError.
+
+    ``mode`` are the permission bits: who may write to the socket may connect.
+    """
+    if len(os.fsencode(path)) > UNIX_PATH_MAX_BYTES:
+        raise InvalidRequest(
+            f"the socket path {path!r} has {len(os.fsencode(path))} bytes",
+            cause=f"the kernel takes at most {UNIX_PATH_MAX_BYTES} (sun_path)",
+            correction="use a shorter state directory, or a symbolic link to it",
+        )
+    _remove_dead_socket(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind(path)
+        os.chmod(path, mode)  # before listen(): until then nobody can connect
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise InUse(f"{path!r} exists and is not a socket", correction="remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            os.unlink(path)
+            return
+        except BlockingIOError:  # its queue is full, so somebody listens
+            pass
+    raise InUse(f"another program listens on {path!r}", correction="stop it, or choose another path")
+
+
+def activation_sockets(environ: MutableMapping[str, str], pid: int, name: str = "") -> list[socket.socket]:
+    """Return the listening sockets that the service manager passed to process ``pid`` (sd_listen_fds(3)).
+
+    With ``name`` only those called so in LISTEN_FDNAMES, if it names any. The variables are left in ``environ`` until
+    all takers are served: call ``clear_activation`` then.
+    """
+    if environ.get("LISTEN_PID") != str(pid):
+        return []
+    try:
+        count = int(environ.get("LISTEN_FDS", ""))
+    except ValueError:
+        return []
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    found = []
+    for number in range(count):
+        if name and name in names and (number >= len(names) or names[number] != name):
+            continue
+        sock = socket.socket(fileno=_FIRST_ACTIVATED_FD + number)
+        sock.setblocking(False)
+        os.set_inheritable(sock.fileno(), False)
+        found.append(sock)
+    return found
+
+
+def clear_activation(environ: MutableMapping[str, str]) -> None:
+    """Forget the service manager's variables, so that no child takes our sockets for its own."""
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environ.pop(variable, None)
+
+
+def prepare_connection(sock: socket.socket) -> tuple[str, str]:
+    """Make an accepted socket ready; returns (peer for people, the part that tells one client from another).
+
+    A TCP peer is its address; on a unix socket it is the process at the other end.
+    """
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return f"unix:pid={pid},uid={uid}", f"pid {pid}"
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    host, port = sock.getpeername()[:2]
+    return f"{f'[{host}]' if ':' in host else host}:{port}", host

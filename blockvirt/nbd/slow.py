@@ -1,0 +1,220 @@
+"""Requests that cannot be answered on the spot: each runs in a task, bounded in number and bytes, in any order."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
+from typing import Protocol
+
+from blockvirt.device import VolumeHandle
+from blockvirt.errors import BlockvirtError, ShuttingDown
+from blockvirt.limits import NBD_MAX_EXTENTS_PER_REPLY
+from blockvirt.nbd import constants as c
+from blockvirt.nbd.budget import ConnectionBudget
+from blockvirt.nbd.buffers import Buffer, BufferPool, charge_for_slow
+from blockvirt.nbd.messages import descriptors_of, status_chunk
+from blockvirt.nbd.outgoing import Part
+from blockvirt.nbd.stats import ServerStats
+from blockvirt.nbd.transmission import Replies, done, explain
+from blockvirt.tasks import TaskSet
+
+log = logging.getLogger("blockvirt.nbd")
+
+_STATUS_BYTES = 8 * NBD_MAX_EXTENTS_PER_REPLY
+_CHANGES = frozenset({c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES})
+
+
+class ReplySink(Protocol):
+    """What a session does with the outcome of a slow request."""
+
+    def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None) -> None:
+        """Send a reply; ``buffer`` is given back once it is sent."""
+
+    def slow_done(self) -> None:
+        """A slow request has ended, whatever became of it: there is room for another."""
+
+    def abandon(self, reason: str) -> None:
+        """Close the connection without a reply to anything."""
+
+
+class SlowLane:
+    """The slow requests of one session. ``start_*`` return False when there is no room now: try after ``slow_done``."""
+
+    def __init__(
+        self,
+        name: str,
+        handle: VolumeHandle,
+        replies: Replies,
+        pool: BufferPool,
+        budget: ConnectionBudget,
+        stats: ServerStats,
+        sink: ReplySink,
+        *,
+        most: int,
+    ) -> None:
+        self._name = name
+        self._handle = handle
+        self._replies = replies
+        self._pool = pool
+        self._budget = budget
+        self._stats = stats
+        self._sink = sink
+        self._most = most
+        self._tasks = TaskSet(f"nbd {name}")
+        self._changing: set[asyncio.Task[None]] = set()
+        self._abandoned = False
+        self.count = 0
+        """How many are in flight."""
+
+    def start_read(self, cookie: int, offset: int, length: int) -> bool:
+        """Read into a buffer of its own."""
+        if self.full or not self._budget.take(charge_for_slow(length)):
+            return False
+        buffer = self._pool.take_for_slow(length)
+
+        async def work() -> Sequence[Part]:
+            into = buffer.view[:length]
+            await self._handle.read(offset, into)
+            return self._replies.data(cookie, offset, length), into
+
+        self._start(c.CMD_READ, cookie, work, buffer)
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Whether as many are in flight as may be."""
+        return self.count >= self._most
+
+    def start_small_write(self, cookie: int, offset: int, data: memoryview, *, fua: bool) -> bool:
+        """Write a copy of ``data``, which is a part of the receive buffer."""
+        if self.full or not self._budget.take(charge_for_slow(len(data))):
+            return False
+        buffer = self._pool.take_for_slow(len(data))
+        buffer.view[:] = data
+        self.start_write(cookie, offset, buffer.view, buffer, fua=fua)
+        return True
+
+    def start_write(self, cookie: int, offset: int, data: memoryview, buffer: Buffer, *, fua: bool) -> None:
+        """Write ``data``, which lies in ``buffer``; that is given back in the end."""
+        assert not self.full
+
+        async def work() -> Sequence[Part]:
+            await self._handle.write(offset, data, fua=fua)
+            return (done(cookie),)
+
+        self._start(c.CMD_WRITE, cookie, work, buffer)
+
+    def start_other(self, flags: int, command: int, cookie: int, offset: int, length: int) -> bool:
+        """Start FLUSH, TRIM, WRITE_ZEROES or BLOCK_STATUS."""
+        if self.full:
+            return False
+        fua = bool(flags & c.CMD_FLAG_FUA)
+        handle = self._handle
+
+        async def work() -> Sequence[Part]:
+            if command == c.CMD_FLUSH:
+                await handle.flush()
+            elif command == c.CMD_TRIM:
+                await handle.zero(offset, length, punch=True, fua=fua)
+            elif command == c.CMD_WRITE_ZEROES:
+                punch = not flags & c.CMD_FLAG_NO_HOLE
+                await handle.zero(offset, length, punch=punch, fast=bool(flags & c.CMD_FLAG_FAST_ZERO), fua=fua)
+            else:
+                return (await self._status(flags, cookie, offset, length),)
+            return (done(cookie),)
+
+        charge = _STATUS_BYTES if command == c.CMD_BLOCK_STATUS else 0
+        if charge and not self._budget.take(charge):
+            return False
+        self._start(command, cookie, work, None, charge)
+        return True
+
+    async def _status(self, flags: int, cookie: int, offset: int, length: int) -> bytes:
+        # "the server MAY return less data than requested": ask for no more than one reply can describe, so that a
+        # request over 4 GiB of single blocks stays bounded; the client goes on where the reply ends.
+        length = min(length, self._handle.block_bytes * NBD_MAX_EXTENTS_PER_REPLY)
+        most = 1 if flags & c.CMD_FLAG_REQ_ONE else NBD_MAX_EXTENTS_PER_REPLY
+        descriptors = descriptors_of(await self._handle.extents(offset, length), most=most)
+        if not descriptors:
+            raise ValueError(f"the volume described no extent at {offset}")
+        return status_chunk(cookie, c.BASE_ALLOCATION_ID, descriptors)
+
+    def _start(
+        self,
+        command: int,
+        cookie: int,
+        work: Callable[[], Awaitable[Sequence[Part]]],
+        buffer: Buffer | None,
+        charge: int = 0,
+    ) -> None:
+        self.count += 1
+        self._stats.in_flight += 1
+        task = self._tasks.start(self._run(command, cookie, work, buffer, charge), c.COMMAND_NAMES[command])
+        if command in _CHANGES:
+            self._changing.add(task)
+            task.add_done_callback(self._changing.discard)
+
+    async def _run(
+        self,
+        command: int,
+        cookie: int,
+        work: Callable[[], Awaitable[Sequence[Part]]],
+        buffer: Buffer | None,
+        charge: int,
+    ) -> None:
+        began_s = perf_counter()
+        try:
+            if not self._abandoned:  # what had not started when the client vanished is not started any more
+                parts = await self._outcome(command, cookie, work)
+                if command == c.CMD_READ:
+                    sent_from, buffer = buffer, None
+                    self._sink.slow_reply(parts, sent_from)
+                else:
+                    self._sink.slow_reply(parts, None)
+        except ShuttingDown:
+            # ESHUTDOWN would be an I/O error in the guest; a closed connection makes the client come back and re-send
+            self._sink.abandon("the volume is shutting down")
+        except asyncio.CancelledError:
+            if buffer is not None:  # a thread may still use it: let it go, but not to the next request
+                charge, buffer = charge + buffer.charge_bytes, None
+            raise
+        finally:
+            self.count -= 1
+            self._stats.in_flight -= 1
+            self._stats.latency[command].observe(perf_counter() - began_s)
+            if buffer is not None:
+                self._pool.give(buffer)
+                charge += buffer.charge_bytes
+            self._budget.give(charge)
+            self._sink.slow_done()
+
+    async def _outcome(
+        self, command: int, cookie: int, work: Callable[[], Awaitable[Sequence[Part]]]
+    ) -> Sequence[Part]:
+        try:
+            return await work()
+        except ShuttingDown:
+            raise
+        except Exception as error:
+            if not isinstance(error, BlockvirtError | OSError):
+                log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command])
+            code, text = explain(error)
+            self._stats.error(code)
+            return (self._replies.error(cookie, code, text),)
+
+    async def changes_done(self) -> None:
+        """Return when the writes, trims and zeroings now in flight have ended."""
+        if self._changing:
+            await asyncio.wait(set(self._changing))
+
+    def abandon(self) -> None:
+        """Do not start what has not started."""
+        self._abandoned = True
+
+    async def finish(self) -> None:
+        """Return when nothing is in flight."""
+        await self._tasks.wait()
+
+    async def cancel(self) -> None:
+        """Give up on what is still in flight: at a shutdown whose time is over."""
+        await self._tasks.close()

@@ -1,0 +1,226 @@
+"""A volume in memory behind the seam of ``blockvirt.device``: what protocol tests and measurements run against.
+
+``MemoryDisk`` is what sessions share, ``MemoryVolume`` one session's handle on it, ``MemoryExports`` the directory.
+A disk can be told to refuse the ``*_now`` verbs, to block a verb until it is let go, and to fail one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from blockvirt.device import Capabilities, ExportInfo, Extent, ExtentState
+from blockvirt.errors import NotFound, NotSupported
+from blockvirt.units import KIB
+
+
+class Gate:
+    """Holds a verb: ``arrived`` is set when somebody waits at it, ``let_go`` lets them and all later ones pass."""
+
+    def __init__(self) -> None:
+        self.arrived = asyncio.Event()
+        self._open = asyncio.Event()
+
+    def let_go(self) -> None:
+        """Open the gate for good."""
+        self._open.set()
+
+    async def pass_through(self) -> None:
+        """Say that somebody is here and wait until the gate is open."""
+        self.arrived.set()
+        await self._open.wait()
+
+
+class MemoryDisk:
+    """The bytes of one volume, with a map of which blocks have been written."""
+
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        block_bytes: int = 64 * KIB,
+        capabilities: Capabilities | None = None,
+        now: bool = True,
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.block_bytes = block_bytes
+        self.capabilities = capabilities or Capabilities()
+        self.now = now
+        """Whether ``read_now`` and ``write_now`` do their work; False sends everything the slow way."""
+        self.data = bytearray(size_bytes)
+        self.allocated = bytearray(-(-size_bytes // block_bytes))
+        self.gates: dict[str, Gate] = {}
+        self.failures: dict[str, Exception] = {}
+        self.calls: dict[str, int] = {}
+        self.unsettled_handles = 0
+        """How many handles let the loop run, or answered, with unsettled writes: always 0 with a correct caller."""
+        self.open_handles = 0
+
+    def block(self, verb: str) -> Gate:
+        """Hold every further call of an async ``verb`` (read, write, zero, flush, extents) at the returned gate."""
+        self.gates[verb] = Gate()
+        return self.gates[verb]
+
+    def fail(self, verb: str, error: Exception | None) -> None:
+        """Let every further call of ``verb`` raise ``error``; None ends that."""
+        if error is None:
+            self.failures.pop(verb, None)
+        else:
+            self.failures[verb] = error
+
+    def called(self, verb: str) -> None:
+        """Count a call and fail it if it is to fail."""
+        self.calls[verb] = self.calls.get(verb, 0) + 1
+        if (error := self.failures.get(verb)) is not None:
+            raise error
+
+    def _blocks(self, offset: int, length: int) -> slice:
+        return slice(offset // self.block_bytes, -(-(offset + length) // self.block_bytes))
+
+    def store(self, offset: int, data: memoryview) -> None:
+        """Write bytes and mark their blocks allocated."""
+        self.data[offset : offset + len(data)] = data
+        blocks = self._blocks(offset, len(data))
+        self.allocated[blocks] = b"\1" * (blocks.stop - blocks.start)
+
+    def clear(self, offset: int, length: int, *, punch: bool) -> None:
+        """Zero bytes; whole blocks become unallocated with ``punch``, and all touched ones allocated without."""
+        self.data[offset : offset + length] = bytes(length)
+        blocks = self._blocks(offset, length)
+        if not punch:
+            self.allocated[blocks] = b"\1" * (blocks.stop - blocks.start)
+            return
+        end = offset + length
+        first = -(-offset // self.block_bytes)
+        last = len(self.allocated) if end == self.size_bytes else end // self.block_bytes
+        if last > first:
+            self.allocated[first:last] = bytes(last - first)
+
+
+class MemoryVolume:
+    """One handle on a ``MemoryDisk``; keeps the contract of ``VolumeHandle`` and watches that its caller does too."""
+
+    def __init__(self, disk: MemoryDisk) -> None:
+        self._disk = disk
+        self._loop = asyncio.get_running_loop()
+        self._unsettled = False
+        self._closed = False
+        self.size_bytes = disk.size_bytes
+        self.block_bytes = disk.block_bytes
+        self.capabilities = disk.capabilities
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        disk.open_handles += 1
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Copy bytes out, if the disk answers now."""
+        disk = self._disk
+        if not disk.now:
+            return False
+        if disk.failures:
+            disk.called("read_now")
+        into[:] = memoryview(disk.data)[offset : offset + len(into)]
+        return True
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Copy bytes in, if the disk answers now; checks that ``settle`` follows before the loop runs."""
+        disk = self._disk
+        if not disk.now:
+            return False
+        if disk.failures:
+            disk.called("write_now")
+        disk.store(offset, data)
+        if not self._unsettled:
+            self._unsettled = True
+            self._loop.call_soon(self._check_settled)
+        return True
+
+    def _check_settled(self) -> None:
+        if self._unsettled:
+            self._disk.unsettled_handles += 1
+            self._unsettled = False
+
+    def settle(self) -> None:
+        """Note that the batch is complete."""
+        self._unsettled = False
+        self._disk.called("settle")
+
+    async def _enter(self, verb: str) -> None:
+        assert not self._closed, f"{verb} on a closed handle"
+        self._disk.called(verb)
+        if (gate := self._disk.gates.get(verb)) is not None:
+            await gate.pass_through()
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Copy bytes out."""
+        await self._enter("read")
+        into[:] = memoryview(self._disk.data)[offset : offset + len(into)]
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Copy bytes in."""
+        await self._enter("write_fua" if fua else "write")
+        self._disk.store(offset, data)
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool = False, fua: bool = False) -> None:
+        """Zero a range in steps of 16 MiB, letting others run in between."""
+        await self._enter("zero")
+        if fast and not punch:
+            raise NotSupported("zeroing with allocation is no faster than writing")
+        step = 16 * KIB * KIB
+        for at in range(offset, offset + length, step):
+            self._disk.clear(at, min(step, offset + length - at), punch=punch)
+            await asyncio.sleep(0)
+
+    async def flush(self) -> None:
+        """Count the flush: memory has no power to lose."""
+        await self._enter("flush")
+
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        """Describe the range block by block, neighbours merged."""
+        await self._enter("extents")
+        disk, end = self._disk, offset + length
+        found: list[Extent] = []
+        while offset < end:
+            number = offset // disk.block_bytes
+            state = ExtentState.DATA if disk.allocated[number] else ExtentState.HOLE | ExtentState.ZERO
+            step = min((number + 1) * disk.block_bytes, end) - offset
+            if found and found[-1].state == state:
+                step += found.pop().length_bytes
+                found.append(Extent(step, state))
+                offset = min((number + 1) * disk.block_bytes, end)
+                continue
+            found.append(Extent(step, state))
+            offset += step
+        return found
+
+    async def close(self) -> None:
+        """Let go of the disk."""
+        if not self._closed:
+            self._closed = True
+            self._disk.open_handles -= 1
+
+
+class MemoryExports:
+    """A directory of memory disks by export name."""
+
+    def __init__(self, disks: dict[str, MemoryDisk] | None = None) -> None:
+        self.disks = dict(disks or {})
+        self.handles: list[MemoryVolume] = []
+
+    def names(self) -> Sequence[str]:
+        """Return all names, sorted."""
+        return sorted(self.disks)
+
+    def _find(self, name: str) -> MemoryDisk:
+        try:
+            return self.disks[name]
+        except KeyError:
+            raise NotFound(f"there is no export named {name[:80]!r}", correction="list the exports") from None
+
+    async def describe(self, name: str) -> ExportInfo:
+        """Describe a disk; raises NotFound."""
+        disk = self._find(name)
+        return ExportInfo(name, f"memory disk {name}", disk.size_bytes, disk.block_bytes, disk.capabilities)
+
+    async def open(self, name: str, session_id: str) -> MemoryVolume:
+        """Open a handle; raises NotFound."""
+        handle = MemoryVolume(self._find(name))
+        self.handles.append(handle)
+        return handle
