@@ -1,0 +1,95 @@
+"""One measurement: run fio against a volume, and ask the kernel what the server's processes spent on it."""
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import Cell, Unit
+from benchmarks.servers import Volume
+
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+SLACK_S = 120.0  # beyond the runtime, before a run counts as stuck
+
+
+class MeasurementFailed(Exception):
+    """fio ended in failure; the message carries what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one run of a cell against one server gave."""
+
+    rate: float  # in the cell's unit
+    p99_us: float  # of the slowest kind of request in the cell; a flush counts as one
+    cpu_us: float  # of the server, per read or write; a write and its flush count once
+
+
+def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample:
+    """Measure a cell; raises MeasurementFailed."""
+    os.sync()  # nobody pays for what the one before left dirty
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        report = Path(scratch) / "fio.json"
+        before_s = cpu_seconds(volume.pid)
+        fio = subprocess.run(
+            cell.command(volume.uri, size_bytes, runtime_s, str(report)),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=runtime_s + SLACK_S,
+            cwd=scratch,
+        )
+        spent_s = cpu_seconds(volume.pid) - before_s
+        if fio.returncode != 0:
+            raise MeasurementFailed(f"{cell.name}: fio ended with {fio.returncode}: {fio.stdout}{fio.stderr}".strip())
+        (done,) = json.loads(report.read_text())["jobs"]
+    return sample(cell, done, spent_s)
+
+
+def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:
+    """Read one job group of fio's JSON report."""
+    kinds = [done[kind] for kind in ("read", "write") if done[kind]["total_ios"]]
+    requests = sum(kind["total_ios"] for kind in kinds)
+    if not requests:
+        raise MeasurementFailed(f"{cell.name}: fio did nothing")
+    rate = sum(kind["bw_bytes"] for kind in kinds) / 1e6
+    if cell.unit is Unit.IOPS:
+        rate = sum(kind["iops"] for kind in kinds)
+    slowest_ns = [kind["clat_ns"]["percentile"]["99.000000"] for kind in kinds]
+    if done["sync"]["total_ios"]:
+        slowest_ns.append(done["sync"]["lat_ns"]["percentile"]["99.000000"])
+    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all of its threads and the children below it, ended (and reaped) or not."""
+    parents: dict[int, list[int]] = {}
+    spent: dict[int, float] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            text = (entry / "stat").read_text()
+        except OSError:
+            continue  # it ended while we looked
+        # proc(5): the command's name may hold anything, but nothing after its closing bracket does.
+        fields = text.rpartition(")")[2].split()
+        spent[int(entry.name)] = sum(int(field) for field in fields[11:15]) / TICKS_PER_SECOND
+        parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    total, todo = 0.0, [pid]
+    while todo:
+        current = todo.pop()
+        total += spent.get(current, 0.0)
+        todo += parents.get(current, [])
+    return total
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of one process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(f"process {pid} has no memory: it has ended")
