@@ -6,6 +6,7 @@ from pathlib import Path
 from blockvirt.errors import BlockvirtError, MetadataFault, PoolFull
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CUT_SHORT = (*NO_SPACE, errno.EIO)  # what a commit says on a full filesystem
 
 
 def errno_of(error: BaseException) -> int | None:

@@ -58,6 +58,21 @@ class Reserve:
         self._allocated_to = offset_bytes + length_bytes
         return True
 
+    def tells_full(self, used_bytes: int) -> bool:
+        """Tell whether a commit that failed did so for lack of space alone.
+
+        LMDB says EIO for a write that was cut short, which is what a page write gets that fills the filesystem. So:
+        nothing more can be allocated behind ``used_bytes``, and a sync through this descriptor is well. The kernel
+        reports a write-back error once to each descriptor, so this one would hear of one that LMDB's sync met.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            return False
+        self._allocated_to = 0
+        self.whole = self._allocate(used_bytes, max(self._reserve_bytes, _AHEAD_BYTES))
+        return not self.whole
+
     def close(self) -> None:
         """Close the descriptor; the blocks stay. Idempotent."""
         if self._fd >= 0:

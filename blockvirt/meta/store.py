@@ -23,7 +23,7 @@ from blockvirt.limits import (
     METADATA_RESERVE_BYTES,
 )
 from blockvirt.meta.datafile import DATA_FILE, check_openable
-from blockvirt.meta.faults import NO_SPACE, cannot_open, errno_of, no_room, stopped, unreadable
+from blockvirt.meta.faults import CUT_SHORT, NO_SPACE, cannot_open, errno_of, no_room, stopped, unreadable
 from blockvirt.meta.group_commit import Change, Outcome, WriterThread, run_group
 from blockvirt.meta.keys import Table
 from blockvirt.meta.reserve import Reserve
@@ -292,12 +292,13 @@ class Store:
         """Return what the callers of a failed transaction get; latches unless only space was lacking."""
         if isinstance(error, lmdb.MapFullError):
             return no_room(self.path, f"the map has reached its limit of {LMDB_MAP_MAX_BYTES} bytes")
-        if errno_of(error) in NO_SPACE:
+        if errno_of(error) in CUT_SHORT:
             try:
-                self._env.begin(write=True).abort()
+                self._env.begin(write=True).abort()  # fails where the meta page could not be written
+                is_full = errno_of(error) in NO_SPACE or self._reserve.tells_full(self._map_and_used()[1])
             except lmdb.Error as poisoned:
-                error = poisoned
-            else:
+                error, is_full = poisoned, False
+            if is_full:
                 return no_room(self.path, "its filesystem is full and the metadata reserve is used up")
         self._fail(error)
         return self._unusable()
