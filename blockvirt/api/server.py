@@ -24,6 +24,7 @@ class ApiServer:
         check_unix_path(unix_path)
         if host is not None:
             check_listen_host(host)
+        self.application = app
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_S)
         self._unix_path = unix_path
         self._host = host

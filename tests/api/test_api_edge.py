@@ -1,0 +1,262 @@
+"""The edge: what is refused before a handler runs, what every error looks like, where the server listens."""
+
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from openapi_spec_validator import validate
+
+from blockvirt.api.app import OPERATIONS
+from blockvirt.api.guards import json_depth
+from blockvirt.api.openapi import document
+from blockvirt.api.server import ApiServer
+from blockvirt.errors import InUse, InvalidRequest
+from blockvirt.limits import API_MAX_BODY_BYTES, API_MAX_JSON_DEPTH
+from tests.api.conftest import Api
+
+JSON = {"Content-Type": "application/json"}
+
+
+def check_problem(answer: Any) -> None:
+    """Every error is a whole problem document."""
+    assert answer.headers["Content-Type"].startswith("application/problem+json")
+    problem = answer.json
+    assert problem["status"] == answer.status
+    assert problem["type"] == f"urn:blockvirt:problem:{problem['code']}"
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
+    assert {"title", "detail", "instance", "retryable"} <= problem.keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 422),
+        (b"{", 422),
+        (b"[]", 422),
+        (b"null", 422),
+        (b"\xff\xfe", 422),
+        (b'{"size": 1, "colour": "red"}', 422),
+        (b'{"size": 1, "name": 5}', 422),
+        (b'{"size": 1, "labels": {"a": 1}}', 422),
+        (b'{"size": 1, "labels": []}', 422),
+        (b'{"size": 1, "name": "\\ud800"}', 422),
+        (b'{"size": ' + b"9" * 5000 + b"}", 422),
+        (b'{"size": 1, "labels": ' + b"[" * 5000 + b"]" * 5000 + b"}", 422),
+        (b"[" * 60000, 422),
+        (b'{"size": 1, "name": "' + b"x" * API_MAX_BODY_BYTES + b'"}', 413),
+    ],
+)
+async def test_bodies_that_are_refused(api: Api, data: bytes, status: int) -> None:
+    refused = await api.call("POST", "/v1/volumes", data=data, headers=JSON)
+    assert refused.status == status
+    check_problem(refused)
+    assert (await api.call("GET", "/v1/volumes")).json == {"volumes": []}
+
+
+async def test_wrong_fields_are_pointed_at(api: Api) -> None:
+    refused = await api.call("POST", "/v1/volumes", {"size": 1, "labels": {"a/b": 1}, "colour": "red"})
+    assert {error["pointer"] for error in refused.json["errors"]} == {"/labels/a~1b", "/colour"}
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+async def test_only_json_is_taken(api: Api, kind: str | None, tcp: bool) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    refused = await api.call("POST", "/v1/volumes", data=b'{"size": 512}', headers=headers, tcp=tcp)
+    assert (refused.status, refused.json["code"]) == (415, "unsupported-media-type")
+    check_problem(refused)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8470"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "192.168.0.1"},
+        {"Host": "[::2]"},
+        {"Host": "127.0.0.1:80:80"},
+        {"Host": ""},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:1"},
+    ],
+)
+async def test_foreign_sites_are_refused_on_tcp(api: Api, headers: dict[str, str]) -> None:
+    refused = await api.call("GET", "/v1/volumes", headers=headers, tcp=True)
+    assert (refused.status, refused.json["code"]) == (403, "foreign-origin")
+    check_problem(refused)
+    assert (await api.call("POST", "/v1/volumes", {"size": 512}, headers=headers, tcp=True)).status == 403
+    assert (await api.call("GET", "/v1/volumes", headers=headers)).status == 200, "the unix socket knows no browser"
+
+
+async def test_our_own_names_are_served_on_tcp(api: Api) -> None:
+    port = api.server.port
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert (await api.call("GET", "/v1/volumes", headers={"Host": host}, tcp=True)).status == 200
+        own = {"Host": host, "Origin": f"http://{host}"}
+        assert (await api.call("GET", "/v1/volumes", headers=own, tcp=True)).status == 200
+
+
+async def test_what_is_not_there(api: Api) -> None:
+    missing = await api.call("GET", "/v2/x")
+    assert (missing.status, missing.json["code"]) == (404, "not-found")
+    check_problem(missing)
+    wrong = await api.call("PUT", "/v1/volumes")
+    assert (wrong.status, wrong.json["code"]) == (405, "method-not-allowed")
+    assert "POST" in wrong.headers["Allow"]
+    check_problem(wrong)
+    assert (await api.call("GET", "/v1/pool?x=1")).status == 422
+    assert (await api.call("GET", "/v1/volumes?limit=1&limit=2")).status == 422
+    assert (await api.call("GET", "/v1/pool", data=b"{}", headers=JSON)).status == 422
+    for name in ("%2e%2e", "a%2Fb", "%00", "%ff", "x" * 3000, "9d9c0b2c-73a5-4f5d-9d0c-3f2b7d0e4a11"):
+        answer = await api.call("GET", f"/v1/volumes/{name}")
+        assert answer.status == 404, name
+        check_problem(answer)
+
+
+async def test_our_mistakes_are_problems_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(api.services.space, "status", broken)
+    failed = await api.call("GET", "/v1/pool")
+    assert (failed.status, failed.json["code"]) == (500, "internal")
+    assert "Zero" not in failed.raw.decode()
+    check_problem(failed)
+
+
+async def test_health_and_metrics(api: Api) -> None:
+    assert (await api.call("GET", "/healthz")).json == {"status": "ok"}
+    assert (await api.call("GET", "/readyz")).status == 200
+    api.not_ready.append("starting: 3 volumes to recover")
+    waiting = await api.call("GET", "/readyz")
+    assert (waiting.status, waiting.json["status"]) == (503, "starting")
+    api.not_ready[0] = "stopping"
+    assert (await api.call("GET", "/readyz")).json["status"] == "stopping"
+    metrics = await api.call("GET", "/metrics")
+    assert metrics.raw == b"blockvirt_up 1\n"
+    assert metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+
+
+def test_depth_counts_brackets_outside_strings() -> None:
+    assert json_depth(b'{"a": [1, {"b": "[[[[\\"[["}]}') == 3
+    assert json_depth(b"[" * 100) == 100
+    assert json_depth(b'"' + b"[" * 100) == 100, "an open string is no string: better too deep than too trusting"
+    assert json_depth(b"[]" * 100) == 1
+    assert API_MAX_JSON_DEPTH >= 3, "the deepest legal request"
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_openapi_document_describes_what_is_served(api: Api) -> None:
+    served = (await api.call("GET", "/v1/openapi.json")).json
+    assert served["openapi"].startswith("3.1")
+    assert served == json.loads(json.dumps(document(OPERATIONS, served["info"]["version"])))
+    described = {(method.upper(), path) for path, item in served["paths"].items() for method in item}
+    routes = {
+        (route.method, route.resource.canonical)
+        for route in api.server.application.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    assert described == {(method, path) for method, path in routes if path.startswith("/v1/")} - {
+        ("GET", "/v1/openapi.json")
+    }
+
+
+def test_the_openapi_document_is_valid() -> None:
+    validate(document(OPERATIONS, "1"))
+
+
+def test_every_reference_of_the_document_leads_somewhere() -> None:
+    whole = document(OPERATIONS, "1")
+    schemas = whole["components"]["schemas"]
+    references: list[str] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            references.extend(value for key, value in node.items() if key == "$ref")
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(whole)
+    assert references
+    names = {reference.removeprefix("#/components/schemas/") for reference in references}
+    assert names == set(schemas)
+    identifiers = [operation["operationId"] for item in whole["paths"].values() for operation in item.values()]
+    assert len(identifiers) == len(set(identifiers))
+    for path, item in whole["paths"].items():
+        for operation in item.values():
+            assert operation["summary"]
+            placeholders = {part[1:-1] for part in path.split("/") if part.startswith("{")}
+            assert {p["name"] for p in operation["parameters"] if p["in"] == "path"} == placeholders
+
+
+# --- listening -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_unix_socket_is_its_owners_alone(api: Api) -> None:
+    status = os.stat(api.unix_path)
+    assert stat.S_ISSOCK(status.st_mode)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+
+
+async def test_the_socket_file_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    first = ApiServer(web.Application(), str(path))
+    await first.start()
+    second = ApiServer(web.Application(), str(path))
+    with pytest.raises(InUse, match="another process"):
+        await second.start()
+    assert path.exists(), "the one that failed to start leaves the other's socket"
+    await first.stop()
+    assert not path.exists()
+
+
+async def test_a_stale_socket_is_taken_over_and_a_file_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    server = ApiServer(web.Application(), str(path))
+    await server.start()
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as client,
+        client.get("http://x/") as r,
+    ):
+        assert r.status == 404
+    await server.stop()
+    path.write_text("precious")
+    with pytest.raises(InUse, match="not a socket"):
+        await ApiServer(web.Application(), str(path)).start()
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org", "", "127.0.0.1.example.org"])
+def test_other_addresses_are_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(InvalidRequest, match="refused to listen") as caught:
+        ApiServer(web.Application(), str(tmp_path / "s"), host, 0)
+    assert "later release" in caught.value.correction
+
+
+async def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = ApiServer(web.Application(), str(tmp_path / "s"), "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(InUse, match="cannot listen on"):
+            await server.start()
+    assert not (tmp_path / "s").exists()
+
+
+def test_long_socket_paths_are_explained() -> None:
+    with pytest.raises(InvalidRequest, match="107 is the most"):
+        ApiServer(web.Application(), "/" + "x" * 107)

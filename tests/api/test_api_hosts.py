@@ -1,0 +1,121 @@
+"""Hosts, logical units, the pool, devices and sessions over HTTP."""
+
+from blockvirt.units import GIB
+from tests.api.conftest import Api
+
+
+async def test_a_host_sees_units(api: Api) -> None:
+    made = await api.call("POST", "/v1/hosts", {"name": "web1"})
+    assert made.status == 201
+    assert (await api.call("POST", "/v1/hosts", {"name": "web1"})).status == 200
+    assert (await api.call("POST", "/v1/hosts", {"name": "web1", "labels": {"a": "b"}})).status == 409
+    volume = (await api.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})).json
+    unit = await api.call("POST", "/v1/hosts/web1/luns", {"volume": "v"})
+    assert unit.status == 201
+    assert (unit.json["export"], unit.json["volume_id"], unit.json["number"]) == ("web1/lun0", volume["id"], 0)
+    assert unit.json["nbd_uris"][1] == "nbd://127.0.0.1:10809/web1/lun0"
+    assert (await api.call("GET", "/v1/hosts/web1/luns")).json == {"luns": [unit.json]}
+    assert (await api.call("GET", unit.headers["Location"])).json == unit.json
+    assert (await api.call("GET", "/v1/hosts")).json["hosts"][0]["luns"] == [unit.json]
+    assert (await api.call("GET", "/v1/volumes/v")).json["units"] == ["web1/lun0"]
+    info = (await api.call("GET", "/v1/luns/web1/lun0/attach-info")).json
+    assert info["export"] == "web1/lun0"
+    assert info["nbd_uris"] == unit.json["nbd_uris"]
+
+
+async def test_what_a_mapping_may_not_do_over_http(api: Api) -> None:
+    await api.call("POST", "/v1/hosts", {"name": "web1"})
+    for name in ("v", "w"):
+        await api.call("POST", "/v1/volumes", {"size": GIB, "name": name})
+    await api.call("POST", "/v1/hosts/web1/luns", {"volume": "v", "number": 5})
+    taken = await api.call("POST", "/v1/hosts/web1/luns", {"volume": "w", "number": 5})
+    twice = await api.call("POST", "/v1/hosts/web1/luns", {"volume": "v"})
+    assert (taken.status, twice.status) == (409, 409)
+    assert taken.json["code"] == twice.json["code"] == "exists-incompatible"
+    for body in ({"volume": "w", "number": -1}, {"volume": "w", "number": 99999}, {"volume": "w", "number": "1"}, {}):
+        assert (await api.call("POST", "/v1/hosts/web1/luns", body)).status == 422
+    assert (await api.call("POST", "/v1/hosts/web2/luns", {"volume": "w"})).status == 404
+    assert (await api.call("POST", "/v1/hosts/web1/luns", {"volume": "none"})).status == 404
+    for path in ("/v1/hosts/web1/luns/x", "/v1/hosts/web1/luns/-1", "/v1/hosts/web1/luns/9999999999"):
+        assert (await api.call("GET", path)).status == 422
+    assert (await api.call("GET", "/v1/luns/web1/lun7/attach-info")).status == 404
+    assert (await api.call("GET", "/v1/luns/web1/x/attach-info")).status == 404
+
+
+async def test_unmap_and_delete_over_http(api: Api) -> None:
+    await api.call("POST", "/v1/hosts", {"name": "web1"})
+    volume = (await api.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})).json
+    await api.call("POST", "/v1/hosts/web1/luns", {"volume": "v"})
+    api.sessions.add("web1/lun0", volume["id"])
+    assert (await api.call("DELETE", "/v1/volumes/v")).status == 409
+    assert (await api.call("DELETE", "/v1/hosts/web1/luns/0")).status == 409
+    assert (await api.call("DELETE", "/v1/hosts/web1")).status == 409
+    assert (await api.call("DELETE", "/v1/hosts/web1/luns/0?force=yes")).status == 200
+    assert (await api.call("DELETE", "/v1/hosts/web1")).status == 200
+    assert (await api.call("GET", "/v1/hosts/web1")).status == 404
+
+
+async def test_the_pool_and_its_policy(api: Api) -> None:
+    await api.call("POST", "/v1/volumes", {"size": GIB})
+    pool = (await api.call("GET", "/v1/pool")).json
+    assert (pool["promised_bytes"], pool["volumes"], pool["level"]) == (GIB, 1, "ok")
+    assert (pool["capacity_bytes"], pool["overcommit_ratio"]) == (100 * GIB, 10)
+    changed = await api.call("PATCH", "/v1/pool", {"overcommit_ratio": 1.5})
+    assert changed.json["overcommit_ratio"] == 1.5
+    for bad in (
+        {"overcommit_ratio": 0.5},
+        {"overcommit_ratio": "2"},
+        {"near_ratio": 0},
+        {"near_ratio": 0.99},
+        {"x": 1},
+    ):
+        refused = await api.call("PATCH", "/v1/pool", bad)
+        assert refused.status == 422, bad
+    # JSON has no NaN, but Python's own encoder writes one.
+    for number in (b"NaN", b"Infinity", b"1e999"):
+        data = b'{"overcommit_ratio": ' + number + b"}"
+        odd = await api.call("PATCH", "/v1/pool", data=data, headers={"Content-Type": "application/json"})
+        assert odd.status == 422, number
+    assert (await api.call("GET", "/v1/pool")).json["overcommit_ratio"] == 1.5
+
+
+async def test_devices_over_http(api: Api) -> None:
+    made = await api.call("POST", "/v1/devices", {"path": "/srv/fast", "limit": "10GiB", "labels": {"media": "nvme"}})
+    assert made.status == 201
+    assert (made.json["name"], made.json["limit_bytes"], made.json["labels"]) == ("fast", 10 * GIB, {"media": "nvme"})
+    assert (await api.call("GET", "/v1/devices")).json == {"devices": [made.json]}
+    placed = {"size": GIB, "placement": {"labels": {"media": "nvme"}}}
+    assert (await api.call("POST", "/v1/volumes", placed)).json["placement"]["labels"] == {"media": "nvme"}
+    assert (await api.call("POST", "/v1/devices", {"path": "/x/fast"})).status == 409
+    await api.call("POST", "/v1/devices", {"path": "/srv/full"})
+    assert (await api.call("DELETE", "/v1/devices/full")).status == 409
+    assert (await api.call("DELETE", "/v1/devices/none")).status == 404
+    assert (await api.call("DELETE", "/v1/devices/fast")).json == made.json
+    for bad in ({}, {"path": ""}, {"path": "/x", "limit": "10G"}, {"path": 5}):
+        assert (await api.call("POST", "/v1/devices", bad)).status == 422
+
+
+async def test_sessions_over_http(api: Api) -> None:
+    ids = [(await api.call("POST", "/v1/volumes", {"size": GIB, "name": name})).json["id"] for name in ("a", "b")]
+    for volume_id, name in ((ids[0], "a"), (ids[0], "a"), (ids[1], "b")):
+        api.sessions.add(name, volume_id)
+    listed = (await api.call("GET", "/v1/sessions")).json["sessions"]
+    assert [session["volume"] for session in listed] == ["a", "a", "b"]
+    assert listed[0] | {"since": ""} == {
+        "id": "s0",
+        "export": "a",
+        "volume_id": ids[0],
+        "volume": "a",
+        "peer": "unix:1",
+        "mode": "rw",
+        "since": "",
+        "bytes_read": 1,
+        "bytes_written": 2,
+        "requests": 3,
+    }
+    assert len((await api.call("GET", "/v1/sessions?volume=b")).json["sessions"]) == 1
+    assert (await api.call("GET", "/v1/sessions?volume=c")).status == 404
+    assert (await api.call("DELETE", "/v1/sessions/s0")).json == {"dropped": 1}
+    assert (await api.call("DELETE", "/v1/sessions/s0")).status == 404
+    assert (await api.call("DELETE", "/v1/sessions?volume=b")).json == {"dropped": 1}
+    assert (await api.call("DELETE", "/v1/sessions")).json == {"dropped": 1}
