@@ -1,6 +1,8 @@
 """A running pool on real files for the data-plane tests."""
 
+import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from blockvirt.units import KIB, MIB
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.journal import BLOCK_BYTES, pack_header, unpack_header
 from blockvirt.volumes.requests import NewVolume
 
 SETTINGS = EngineSettings(chunk_bytes=4 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
@@ -58,3 +61,35 @@ async def pool(tmp_path: Path) -> AsyncIterator[Pool]:
     made = await Pool(tmp_path).start()
     yield made
     await made.close()
+
+
+async def abandon(pool: Pool, *, power_cut: bool) -> None:
+    """End the engine as SIGKILL would: nothing is synced, committed or given back. The page cache stays.
+
+    With ``power_cut`` the journals then claim another page cache, as after a reboot: recovery must trust durable marks
+    only. (What was not synced is still on disk here: losing it is the business of the crash harnesses.)
+    """
+    engine = pool.engine
+    engine.store.close()  # before anything could commit
+    for opened in engine.registry.opened():
+        volume = opened.volume
+        opened._watch.cancel()
+        if volume.age_timer is not None:
+            volume.age_timer.cancel()
+        await volume.tasks.wait()
+        for file in volume.files.open_files.values():
+            file.close()
+        volume.files.open_files.clear()
+        if volume.journal is not None:
+            for fd in volume.journal._fds:
+                os.close(fd)
+        volume.journal = None
+    for slot in engine.registry._slots.values():
+        slot.opened = None
+    await engine.close()
+    if power_cut:
+        for path in (pool.device / "journal").iterdir():
+            content = bytearray(path.read_bytes())
+            header = unpack_header(bytes(content[:BLOCK_BYTES]))
+            content[:BLOCK_BYTES] = pack_header(replace(header, identities=dict.fromkeys(header.identities, "other")))
+            path.write_bytes(content)

@@ -1,0 +1,66 @@
+"""Journal frames: what is read back is exactly the intact prefix, whatever became of the rest."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockvirt.volumes.journal_frames import (
+    CHANGE,
+    MARK_FRAME_BYTES,
+    Change,
+    Kind,
+    frame_bytes,
+    pack,
+    pack_mark,
+    read_frames,
+)
+
+changes = st.lists(
+    st.builds(Change, st.integers(0, 1 << 30), st.integers(1, 1000), st.integers(0, 1 << 55)), max_size=5
+)
+
+
+def log_of(batches: list[list[Change]], generation: int, chain: int) -> tuple[bytes, list[int]]:
+    log, ends = b"", []
+    for sequence, batch in enumerate(batches, start=8):
+        body = b"".join(CHANGE.pack(change.chunk, change.count, change.entry) for change in batch)
+        frame, chain = pack(Kind.MAP, generation, sequence, body, chain)
+        assert len(frame) == frame_bytes(len(batch))
+        log += frame
+        ends.append(len(log))
+    return log, ends
+
+
+@given(st.lists(changes, min_size=1, max_size=6), st.data())
+def test_a_damaged_byte_ends_the_log_at_its_frame(batches: list[list[Change]], data: st.DataObject) -> None:
+    log, ends = log_of(batches, 3, 77)
+    whole = list(read_frames(log + bytes(100), 3, 8, 77))
+    assert [list(frame.changes()) for frame in whole] == batches
+    at = data.draw(st.integers(0, len(log) - 1))
+    torn = bytearray(log)
+    torn[at] ^= data.draw(st.integers(1, 255))
+    intact = sum(1 for end in ends if end <= at)
+    assert [list(frame.changes()) for frame in read_frames(bytes(torn), 3, 8, 77)] == batches[:intact]
+    assert list(read_frames(log[:at], 3, 8, 77)) == whole[:intact]
+
+
+def test_frames_of_another_generation_chain_or_sequence_do_not_fit() -> None:
+    log, _ = log_of([[Change(1, 1, 5)], [Change(2, 1, 6)]], 3, 77)
+    assert len(list(read_frames(log, 3, 8, 77))) == 2
+    assert not list(read_frames(log, 5, 8, 77))
+    assert not list(read_frames(log, 3, 9, 77))
+    assert not list(read_frames(log, 3, 8, 78))
+
+
+def test_the_chain_reaches_from_generation_to_generation() -> None:
+    first, _ = log_of([[Change(1, 1, 5)]], 3, 77)
+    (last,) = read_frames(first, 3, 8, 77)
+    frame, _ = pack(Kind.MAP, 4, 9, CHANGE.pack(2, 1, 6), last.crc)
+    assert [found.sequence for found in read_frames(frame, 4, 9, last.crc)] == [9]
+    assert not list(read_frames(frame, 4, 9, 77))
+
+
+def test_a_mark_says_what_it_speaks_for() -> None:
+    frame, crc = pack_mark(4, 9, 7, 1)
+    assert len(frame) == MARK_FRAME_BYTES
+    (found,) = read_frames(frame, 4, 9, 1)
+    assert (found.kind, found.marked(), found.crc) == (Kind.MARK, 7, crc)
