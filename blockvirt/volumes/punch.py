@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from blockvirt.errors import BlockvirtError, DamagedRecord
-from blockvirt.limits import PUNCH_BATCH, PUNCH_PAUSE_S
+from blockvirt.limits import PUNCHES_PER_BATCH, PUNCH_PAUSE_S
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord, unseal
 from blockvirt.meta.store import Reader, Writer
@@ -73,7 +73,7 @@ class Puncher:
                 except DamagedRecord as error:
                     log.error("%s", error)
                 after = key + b"\0"
-                if len(batch) == PUNCH_BATCH:
+                if len(batch) == PUNCHES_PER_BATCH:
                     break
         return batch, after
 
