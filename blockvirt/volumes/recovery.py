@@ -101,6 +101,13 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     return Recovery(branch.number, complete, len(frames), replay.changes)
 
 
+def replay_in_memory(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Replay:
+    """Return the map as recovery would make it, without changing anything: for the offline check."""
+    records = files_of(context.store, branch.number)
+    complete = not found.stop_reason and _same_page_cache(context, found, records)
+    return _replay(context, branch, records, _frames(branch, found, complete=complete))
+
+
 def _same_page_cache(context: VolumeContext, found: FoundJournal, records: list[FileRecord]) -> bool:
     devices = {record.device_id for record in records} | {found.device_id}
     identities = found.header.identities

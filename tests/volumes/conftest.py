@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.meta.findings import Finding, Severity
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.journal import BLOCK_BYTES, pack_header, unpack_header
+from blockvirt.volumes.proof import MapProof
 from blockvirt.volumes.requests import NewVolume
 
 SETTINGS = EngineSettings(chunk_bytes=4 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
@@ -39,6 +41,12 @@ class Pool:
 
     async def close(self) -> None:
         await self.engine.close()
+
+
+def findings(pool: Pool, *, leaks: bool = False) -> list[Finding]:
+    """Return what the offline proof of the map finds in a pool at rest; leaks only if asked for."""
+    found = MapProof(pool.engine.context).run()
+    return [finding for finding in found if leaks or finding.severity is Severity.CORRUPT]
 
 
 async def write(handle: Handle, offset: int, data: bytes) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.volumes.conftest import Pool, read, write
+from tests.volumes.conftest import Pool, findings, read, write
 
 SIZE = 600 * 4096  # two leaves: one whole, one part
 
@@ -47,4 +47,5 @@ async def test_random_operations_match_a_byte_model(tmp_path: Path, seed: int) -
             assert got == bytes(model[offset : offset + length]), f"seed {seed} step {step}: {offset}+{length}"
     assert await read(handle, 0, SIZE) == bytes(model), f"seed {seed}"
     await handle.close()
+    assert not findings(pool, leaks=True), f"seed {seed}"
     await pool.close()
