@@ -26,7 +26,7 @@ async def show_pool(call: Call) -> Reply:
             overcommit_ratio=status.overcommit_ratio,
             near_ratio=status.near_ratio,
             brake_ratio=status.brake_ratio,
-            devices=[answers.device(device) for device in status.devices],
+            devices=[answers.device(device) for device in sorted(status.devices, key=lambda device: device.name)],
         )
     )
 
@@ -63,8 +63,9 @@ async def size_info(call: Call) -> Reply:
 
 @operations.add("GET", "/v1/devices", {200: models.DeviceList})
 async def list_devices(call: Call) -> Reply:
-    """List the devices of the pool, usable or not."""
-    return Reply(models.DeviceList(devices=[answers.device(device) for device in call.services.devices.list()]))
+    """List the devices of the pool in the order of their names, usable or not."""
+    devices = sorted(call.services.devices.list(), key=lambda device: device.name)
+    return Reply(models.DeviceList(devices=[answers.device(device) for device in devices]))
 
 
 @operations.add("POST", "/v1/devices", {201: models.Device}, errors=(409, 503), idempotent=True)

@@ -186,8 +186,13 @@ class Presentation:
             return unit_view(reader, host.name, record)
 
     def resolve(self, export: str) -> str:
-        """Return the id of the volume that a client gets for an export name; raises NotFound, BeingDeleted."""
+        """Return the id of the volume that a client gets for an export name; raises NotFound, BeingDeleted.
+
+        Hosts go by name only here: sessions are found again by the export name that they opened.
+        """
         unit = self.unit(export)
+        if unit.export != export:
+            raise NotFound(f"{export[:80]!r} names no logical unit", correction=f"it is exported as {unit.export!r}")
         if unit.state != "active":
             raise BeingDeleted(f"{export} is being unmapped", correction="choose another export")
         return unit.volume_id

@@ -111,6 +111,12 @@ class Catalogue:
             except DamagedRecord:
                 return ()
 
+    def names(self, limit: int) -> tuple[str, ...]:
+        """Return the first ``limit`` names in their order, without looking at the volumes."""
+        with self._store.read() as reader:
+            rows = zip(reader.scan(Table.VOLUME_NAMES), range(limit), strict=False)
+            return tuple(key.decode() for (key, _), _ in rows)
+
     async def list(self, *, labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100) -> Page:
         """Return up to ``limit`` volumes named behind ``after`` that carry all of ``labels``, in the order of names.
 

@@ -1,7 +1,7 @@
 """A served API over a real store: unix socket and TCP, with stand-ins for the rooms behind."""
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ class Api:
             return Answer(response.status, response.headers, raw, parsed)
 
 
-@pytest.fixture
-async def api(tmp_path: Path) -> AsyncIterator[Api]:
-    """An API over an empty pool of 100 GiB."""
+@asynccontextmanager
+async def serve_api(tmp_path: Path) -> AsyncIterator[Api]:
+    """Serve an API over an empty pool of 100 GiB, its unix socket in ``tmp_path``."""
     store = new_store(tmp_path / "meta")
     sessions = Sessions()
     open_volumes = OpenVolumes(sessions)
@@ -96,5 +96,11 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     ):
         yield Api(store, sessions, open_volumes, space, clock, services, server, path, not_ready, unix, tcp)
     await server.stop()
-    await asyncio.sleep(0)
     store.close()
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    """An API over an empty pool of 100 GiB."""
+    async with serve_api(tmp_path) as served:
+        yield served

@@ -216,6 +216,7 @@ async def test_pages_are_stable_while_volumes_come_and_go(control: Control) -> N
             if gone in names:
                 await control.catalogue.delete(gone)
     assert seen == names
+    assert control.catalogue.names(5) == tuple(name for name in names if name in control.catalogue.names(1000))[:5]
     even = await control.catalogue.list(labels={"even": "True"}, limit=1000)
     assert even.next_after is None
     assert all(int(volume.name[1:]) % 2 == 0 for volume in even.volumes)

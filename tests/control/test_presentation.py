@@ -131,6 +131,10 @@ async def test_exports_resolve_to_volumes(control: Control) -> None:
     await control.presentation.map("web1", volume_id, 12)
     assert control.presentation.exports() == ("web1/lun12",)
     assert control.presentation.resolve("web1/lun12") == volume_id
+    host_id = control.presentation.host("web1").id
+    assert control.presentation.unit(f"{host_id}/lun12").export == "web1/lun12"
+    with pytest.raises(NotFound):
+        control.presentation.resolve(f"{host_id}/lun12")
     for bad in (
         "web1",
         "web1/lun",

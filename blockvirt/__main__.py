@@ -1,0 +1,6 @@
+"""``python -m blockvirt``."""
+
+from blockvirt.cli.main import main
+
+if __name__ == "__main__":
+    main()

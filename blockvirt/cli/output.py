@@ -1,0 +1,117 @@
+"""What commands print: tables for people, JSON and CSV for programs.
+
+On a terminal sizes are rounded ('1.5GiB') and tables are drawn by rich; anywhere else sizes are exact bytes and tables
+are plain columns, so that a pipe never gets less than the truth.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import click
+
+from blockvirt.units import format_size
+
+Kind = Literal["text", "size", "number"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: its title, the key of the answer's field, and how to show it."""
+
+    title: str
+    key: str
+    kind: Kind = "text"
+
+
+def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``-o table|json|csv``."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json", "csv"]),
+        default="table",
+        show_default=True,
+        help="How to print; sizes are exact bytes unless it is a table on a terminal.",
+    )(command)
+
+
+def show_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], output: str) -> None:
+    """Print a list."""
+    rows = list(rows)
+    if output == "json":
+        _json(rows)
+    elif output == "csv":
+        _csv(rows, columns)
+    elif sys.stdout.isatty():
+        _drawn([column.title for column in columns], [_cells(row, columns, human=True) for row in rows], columns)
+    else:
+        _plain([[column.title for column in columns], *(_cells(row, columns, human=False) for row in rows)], columns)
+
+
+def show_one(item: Mapping[str, Any], columns: Sequence[Column], output: str) -> None:
+    """Print one thing, a line for each field."""
+    if output == "json":
+        _json(item)
+    elif output == "csv":
+        _csv([item], columns)
+    else:
+        cells = _cells(item, columns, human=sys.stdout.isatty())
+        width = max(len(column.title) for column in columns)
+        for column, cell in zip(columns, cells, strict=True):
+            click.echo(f"{column.title.lower():{width}}  {cell}".rstrip())
+
+
+def _json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([column.key for column in columns])
+    for row in rows:
+        writer.writerow(_cells(row, columns, human=False))
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[Column], *, human: bool) -> list[str]:
+    return [_cell(row.get(column.key), column.kind, human=human) for column in columns]
+
+
+def _cell(value: Any, kind: Kind, *, human: bool) -> str:
+    if value is None:
+        return ""
+    if kind == "size" and human:
+        return format_size(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={inner}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " ".join(str(inner) for inner in value)
+    return str(value)
+
+
+def _plain(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    for line in lines:
+        cells = [
+            f"{cell:>{width}}" if column.kind != "text" else f"{cell:{width}}"
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _drawn(titles: Sequence[str], lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
+    from rich.console import Console  # 40 ms: only where somebody looks at it
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, column in zip(titles, columns, strict=True):
+        table.add_column(title, justify="left" if column.kind == "text" else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    Console().print(table)

@@ -1,0 +1,194 @@
+"""The commands, as processes: what they print, on which stream, and how they exit."""
+
+import asyncio
+import csv
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockvirt.units import GIB
+from blockvirt.volumes.requests import NewVolume
+from tests.api.conftest import Api
+from tests.cli.conftest import ROOT, Command, run
+
+
+async def test_a_volume_from_start_to_end(blockvirt: Command, served: Api) -> None:
+    made = await blockvirt("volume", "create", "v", "--size", "10GiB", "--label", "team=web", "-o", "json")
+    assert (made.code, made.err) == (0, "")
+    assert (made.json["name"], made.json["size_bytes"], made.json["labels"]) == ("v", 10 * GIB, {"team": "web"})
+    assert (await blockvirt("volume", "create", "v", "--size", "10GiB", "--label", "team=web")).code == 0
+    shown = await blockvirt("volume", "show", "v")
+    assert f"size       {10 * GIB}\n" in shown.out, "exact bytes: this is no terminal"
+    assert "nbd+unix:///v?socket=" in shown.out
+    assert (await blockvirt("volume", "rename", "v", "w")).code == 0
+    grown = await blockvirt("volume", "resize", "w", "--size", "11GiB", "-o", "json")
+    assert grown.json["size_bytes"] == 11 * GIB
+    assert (await blockvirt("volume", "label", "w", "a=b", "-o", "json")).json["labels"] == {"a": "b"}
+    dry = await blockvirt("volume", "delete", "w", "--dry-run", "-o", "csv")
+    assert dry.out.splitlines()[1].startswith(f"w,no,{11 * GIB},0")
+    assert (await blockvirt("volume", "delete", "w")).code == 0
+    assert served.services.catalogue.count() == 0
+
+
+async def test_listings_are_complete_and_exact(blockvirt: Command, served: Api) -> None:
+    for number in range(3):
+        await served.call("POST", "/v1/volumes", {"size": 512 * (number + 1), "name": f"v{number}"})
+    table = (await blockvirt("volume", "list")).out.splitlines()
+    assert [line.split()[:2] for line in table] == [["NAME", "SIZE"], ["v0", "512"], ["v1", "1024"], ["v2", "1536"]]
+    rows = list(csv.DictReader(io.StringIO((await blockvirt("volume", "list", "-o", "csv")).out)))
+    assert [(row["name"], row["size_bytes"]) for row in rows] == [("v0", "512"), ("v1", "1024"), ("v2", "1536")]
+    listed = (await blockvirt("volume", "list", "--output=json")).json
+    assert listed == (await served.call("GET", "/v1/volumes")).json["volumes"]
+
+
+async def test_all_pages_are_fetched(blockvirt: Command, served: Api) -> None:
+    for number in range(1001):
+        await served.services.catalogue.create(NewVolume(512, f"v{number:04}"))
+    listed = await blockvirt("volume", "list", "-o", "csv")
+    assert len(listed.out.splitlines()) == 1002
+
+
+async def test_rounding_is_said_beside_the_output(blockvirt: Command) -> None:
+    made = await blockvirt("volume", "create", "--size", "1000", "-o", "json")
+    assert made.json["size_bytes"] == 1024
+    assert "rounded up" in made.err
+
+
+async def test_hosts_and_units(blockvirt: Command, served: Api) -> None:
+    await served.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})
+    assert (await blockvirt("host", "create", "web1")).code == 0
+    assert (await blockvirt("lun", "map", "web1", "v", "--lun", "3", "-o", "json")).json["export"] == "web1/lun3"
+    assert (await blockvirt("lun", "list", "web1", "-o", "json")).json[0]["volume"] == "v"
+    assert (await blockvirt("lun", "list")).out.splitlines()[1].split()[:2] == ["web1/lun3", "v"]
+    assert (await blockvirt("host", "list", "-o", "csv")).out.splitlines()[1].startswith("web1,active,1,")
+    assert "web1/lun3" in (await blockvirt("host", "show", "web1")).out
+    info = (await blockvirt("lun", "attach-info", "web1/lun3")).out
+    for part in ("nbd+unix:///web1/lun3?socket=", "-blockdev", "reconnect-delay", "<disk", "nbd-client", "nbdcopy"):
+        assert part in info
+    assert "nbd+unix:///v?" in (await blockvirt("lun", "attach-info", "v")).out
+    assert (await blockvirt("host", "delete", "web1")).code == 5
+    assert (await blockvirt("lun", "unmap", "web1/lun3")).code == 0
+    assert (await blockvirt("lun", "unmap", "web1")).code == 1
+    assert (await blockvirt("host", "delete", "web1")).code == 0
+
+
+async def test_devices_and_pool(blockvirt: Command, served: Api, tmp_path: Path) -> None:
+    made = await blockvirt(
+        "device", "add", f"{tmp_path}/fast", "--limit", "10GiB", "--label", "media=nvme", "-o", "json"
+    )
+    assert (made.json["path"], made.json["limit_bytes"]) == (f"{tmp_path}/fast", 10 * GIB)
+    relative = os.path.relpath(tmp_path / "slow")
+    assert (await blockvirt("device", "add", relative, "-o", "json")).json["path"] == f"{tmp_path}/slow"
+    assert [line.split()[0] for line in (await blockvirt("device", "list")).out.splitlines()] == [
+        "NAME",
+        "fast",
+        "slow",
+    ]
+    assert (await blockvirt("device", "remove", "fast")).code == 0
+    shown = await blockvirt("pool", "set", "--overcommit", "2.5", "-o", "json")
+    assert shown.json["overcommit_ratio"] == 2.5
+    assert shown.json["size_info"]["largest_bytes"] == 250 * GIB
+    assert "because" in (await blockvirt("pool", "show")).out
+    assert (await blockvirt("pool", "set")).code == 1
+    assert (await blockvirt("pool", "set", "--overcommit", "0")).code == 1
+
+
+async def test_sessions(blockvirt: Command, served: Api) -> None:
+    volume = (await served.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})).json
+    for _ in range(4):
+        served.sessions.add("v", volume["id"])
+    assert len((await blockvirt("session", "list", "-o", "json")).json) == 4
+    assert (await blockvirt("session", "drop", "s0", "-o", "json")).json == {"dropped": 1}
+    assert (await blockvirt("session", "drop", "s0")).code == 4
+    assert (await blockvirt("volume", "resize", "v", "--size", "2GiB", "--reconnect")).code == 0
+    assert served.sessions.open == []
+    served.sessions.add("v", volume["id"])
+    assert (await blockvirt("session", "drop")).code == 1
+    assert len(served.sessions.open) == 1
+    assert (await blockvirt("session", "drop", "--all", "-o", "json")).json == {"dropped": 1}
+
+
+async def test_status(blockvirt: Command, served: Api) -> None:
+    well = await blockvirt("status")
+    assert well.code == 0
+    assert well.out.startswith("daemon    ready\nlevel     ok\n")
+    served.space.level = "near"
+    near = await blockvirt("status", "-o", "json")
+    assert (near.code, near.json["level"]) == (1, "near")
+    assert "add a device" in near.json["problems"]
+    served.not_ready.append("starting: recovering")
+    assert (await blockvirt("status")).code == 1
+
+
+async def test_failures_say_what_why_and_what_to_do(blockvirt: Command, served: Api, tmp_path: Path) -> None:
+    refused = await blockvirt("volume", "create", "v", "--size", "10G")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.startswith("blockvirt: '10G' could mean two sizes\n")
+    assert "  do:  write 10GiB" in refused.err
+    full = await blockvirt("volume", "create", "v", "--size", "1001GiB", "-o", "json")
+    assert full.code == 6
+    assert json.loads(full.err)["details"]["would_fit_bytes"] == 1000 * GIB
+    assert (await blockvirt("volume", "show", "none")).code == 4
+    assert (await blockvirt("volume", "show", "a/../../pool")).code == 4
+    await served.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})
+    assert (await blockvirt("volume", "create", "v", "--size", "2GiB")).code == 5
+    assert (await blockvirt("volume", "create", "--size")).code == 2
+    assert (await blockvirt("nonsense")).code == 2
+    assert (await blockvirt("check", "--nonsense")).code == 1, "2 would say that the pool is corrupt"
+    nobody = await run("-s", str(tmp_path / "nowhere"), "volume", "list")
+    assert nobody.code == 3
+    assert "nowhere/http.sock" in nobody.err
+    assert "serve" in nobody.err
+    as_json = await run("-s", str(tmp_path / "nowhere"), "volume", "list", "-o", "json")
+    assert json.loads(as_json.err)["code"] == "daemon-unreachable"
+
+
+async def test_the_daemon_is_found_by_url_too(served: Api, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{served.server.port}"
+    for words, environment in ((("--url", url), {}), ((), {"BLOCKVIRT_URL": url})):
+        assert (await run(*words, "volume", "list", "-o", "json", environment=environment)).json == []
+    by_state = {"BLOCKVIRT_STATE_DIR": str(tmp_path)}
+    assert (await run("volume", "list", "-o", "json", environment=by_state)).json == []
+    for bad in ("https://127.0.0.1:1", "127.0.0.1", "http://127.0.0.1/x"):
+        assert "is not the URL" in (await run("--url", bad, "volume", "list")).err
+    assert (await run("--url", "http://127.0.0.1:1", "volume", "list")).code == 3
+
+
+async def test_a_terminal_gets_sizes_for_people(served: Api, tmp_path: Path) -> None:
+    await served.call("POST", "/v1/volumes", {"size": 3 * GIB // 2, "name": "v"})
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "blockvirt", "-s", str(tmp_path), "volume", "list", stdout=theirs, cwd=ROOT
+    )
+    os.close(theirs)
+    assert await process.wait() == 0
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "1.5GiB" in shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("volume", "list"), ("volume", "create", "x", "--size", "1GiB"), ("status",), ("--help",), ("serve", "--help")],
+)
+async def test_client_commands_import_nothing_heavy(served: Api, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """A listing takes less than 100 ms because of what it does not import; that is what can be held by a test."""
+    program = (
+        "import sys, blockvirt.cli.main as m\n"
+        f"sys.argv = ['blockvirt', '-s', {str(tmp_path)!r}, *{words!r}]\n"
+        "try:\n    m.main()\nfinally:\n"
+        "    heavy = {'pydantic', 'aiohttp', 'prometheus_client', 'rich', 'lmdb', 'asyncio'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy), file=sys.stderr)\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert err.decode().splitlines()[-1] == "HEAVY []"
