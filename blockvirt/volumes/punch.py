@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from blockvirt.errors import BlockvirtError, DamagedRecord
-from blockvirt.limits import PUNCHES_PER_BATCH, PUNCH_PAUSE_S
+from blockvirt.limits import PUNCH_PAUSE_S, PUNCHES_PER_BATCH
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord, unseal
 from blockvirt.meta.store import Reader, Writer
