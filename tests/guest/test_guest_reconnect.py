@@ -81,6 +81,11 @@ def work_through_kills(server: ServerProcess, guest: Guest, kills: int) -> None:
             f"the guest's writer came no further before kill {kill}",
         )
         server.crash_and_restart()
+        found = server.recovered()
+        if found is not None:
+            complete, frames = found
+            assert complete, "the page cache survived, and so must everything that was answered"
+            assert frames > 0, "the journal was empty: this kill proved nothing"
     goal = written(guest) + FILES_BETWEEN_KILLS
     guest.until(lambda: written(guest) >= goal, "the guest's writer came no further after the last kill")
     guest.run("touch /run/stop")

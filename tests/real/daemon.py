@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -133,6 +134,13 @@ class Daemon(ServerProcess):
     def grow(self, size_bytes: int) -> None:
         """`volume resize --reconnect`: the new size, and every session of the volume dropped."""
         self.cli("volume", "resize", self.export, "--size", str(size_bytes), "--reconnect")
+
+    def recovered(self) -> tuple[bool, int]:
+        """What the daemon logs of its recovery; raises ServerFailed when it recovered nothing."""
+        found = re.search(rf"volume {self.export} recovered (.+): (\d+) frames", self.log_of_this_start())
+        if found is None:
+            raise ServerFailed(f"the daemon does not say that it recovered {self.export}\n{self.log_tail()}")
+        return found[1] == "completely", int(found[2])
 
     def check(self) -> None:
         """`blockvirt check` over the stopped daemon's metadata and files must find nothing, not even a leak."""

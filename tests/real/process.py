@@ -40,6 +40,7 @@ class ServerProcess(ABC):
         self.socket = self.root / "nbd.sock"
         self.log = self.root / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     # What differs between servers.
 
@@ -67,6 +68,13 @@ class ServerProcess(ABC):
     def grow(self, size_bytes: int) -> None:
         """Make the volume larger while it is in use, and drop its sessions so that clients see the new size."""
 
+    def recovered(self) -> tuple[bool, int] | None:
+        """What this start replayed of the last one's journal: whether all of it, and how many frames; None: no journal.
+
+        A kill that finds the journal empty proves little, so tests look.
+        """
+        return None
+
     # What does not.
 
     @property
@@ -93,6 +101,7 @@ class ServerProcess(ABC):
         """Start the process and wait until it serves."""
         assert not self.running, "the server runs already"
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self.command(),
                 stdin=subprocess.DEVNULL,
@@ -159,6 +168,12 @@ class ServerProcess(ABC):
     def describe(self) -> str:
         """How messages name this server."""
         return type(self).__name__
+
+    def log_of_this_start(self) -> str:
+        """What the server has said since it was last started."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
 
     def log_tail(self) -> str:
         """The end of the server's output, for messages."""
