@@ -20,6 +20,8 @@ class Allowance:
 
 def allowance(pool: PoolStatus, promised_bytes: int) -> Allowance:
     """Return what may still be promised when ``promised_bytes`` are promised already."""
+    if not pool.capacity_bytes:
+        return Allowance(0, "pool-full", "no device of the pool can be used ('blockvirt device list' says why)")
     if pool.level in ("brake", "stop"):
         return Allowance(
             0,

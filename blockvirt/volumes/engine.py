@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockvirt.errors import InvalidRequest, MetadataFault
+from blockvirt.errors import BlockvirtError, InvalidRequest, MetadataFault
 from blockvirt.ids import new_id
 from blockvirt.limits import (
     BACKGROUND_SYNC_BYTES,
@@ -74,8 +74,8 @@ class Engine:
     async def start(cls, state_dir: Path, devices: Sequence[Path], settings: EngineSettings | None = None) -> "Engine":
         """Open the pool in ``state_dir``, creating it at the first start, and recover what a dead daemon left.
 
-        ``devices`` are directories that belong to the pool from now on; those that do already are left alone. Raises
-        PoolLocked, MetadataFault, DeviceFault, InvalidRequest.
+        ``devices`` are directories that belong to the pool from now on; those that do already are left alone. A pool
+        without any gets 'pool' in the state directory. Raises PoolLocked, MetadataFault, DeviceFault, InvalidRequest.
         """
         settings = settings or EngineSettings()
         async with AsyncExitStack() as stack:
@@ -90,7 +90,7 @@ class Engine:
                 members = _members(reader)
             storage = PoolStorage(store, threads, *claim_all(members, pool.id))
             stack.callback(storage.release)
-            await _add_devices(storage, members, devices)
+            await _add_devices(storage, members, devices or ([] if members else [state_dir / "pool"]))
             engine = cls(_context(settings, pool, storage, store, threads), storage)
             stack.push_async_callback(engine.registry.close)
             store.on_failure(engine.registry.stop_all)
@@ -104,6 +104,14 @@ class Engine:
 
     def _wake_deleter(self) -> None:
         self.deleter.wake()
+
+    def not_ready(self) -> str:
+        """Return why the pool cannot be worked with as a whole; empty when it can."""
+        try:
+            self.store.stats()
+        except BlockvirtError as error:
+            return f"metadata: {error.message}"
+        return ""
 
     async def close(self) -> None:
         """Close every volume with a checkpoint, end the workers, let go of devices and store. Idempotent."""

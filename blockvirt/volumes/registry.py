@@ -38,6 +38,7 @@ class VolumeRegistry:
         self._leftovers = leftovers
         self._wake_deleter = wake_deleter
         self._slots: dict[str, _Slot] = {}
+        self._volume_of: dict[str, str] = {}
         self._closing = False
         self._tasks = TaskSet("registry")
 
@@ -56,6 +57,7 @@ class VolumeRegistry:
                 slot.opened = opening(self._context, record)
             handle = Handle(slot.opened, session_id, self._close)
             slot.handles.add(handle)
+            self._volume_of[session_id] = volume_id
             return handle
 
     def _record(self, volume_id: str) -> VolumeRecord:
@@ -75,6 +77,7 @@ class VolumeRegistry:
         volume_id = handle.volume_id
         slot = self._slots[volume_id]
         slot.handles.discard(handle)
+        self._volume_of.pop(handle.session_id, None)
         async with slot.lock:
             if slot.handles or slot.opened is None:
                 return
@@ -122,6 +125,10 @@ class VolumeRegistry:
     def wake_deleter(self) -> None:
         """See OpenVolumes."""
         self._wake_deleter()
+
+    def volume_of(self, session_id: str) -> str | None:
+        """Return the id of the volume that a session has open."""
+        return self._volume_of.get(session_id)
 
     # --- administration ------------------------------------------------------------------------------------------
 

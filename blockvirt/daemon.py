@@ -1,0 +1,191 @@
+"""The wiring: everything the daemon consists of, put together in one place and taken apart in reverse order."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import uvloop
+
+from blockvirt.api.app import Services, build
+from blockvirt.api.idempotency import Idempotency
+from blockvirt.api.server import ApiServer
+from blockvirt.config import Settings
+from blockvirt.errors import BlockvirtError
+from blockvirt.limits import METADATA_COPY_INTERVAL_S
+from blockvirt.lun.presentation import Presentation
+from blockvirt.meta.copies import remember_folders, write_copy
+from blockvirt.metrics import Metrics
+from blockvirt.nbd.listeners import activation_sockets, clear_activation
+from blockvirt.nbd.server import NbdServer
+from blockvirt.notify import notify
+from blockvirt.pool.devices import COPIES
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.engine import Engine, EngineSettings
+from blockvirt.volumes.exports import Exports
+from blockvirt.volumes.ports import Endpoints, SessionInfo
+
+log = logging.getLogger("blockvirt.daemon")
+
+
+class Sessions:
+    """The NBD server's sessions as the control plane sees them (ports.SessionControl)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.server: NbdServer | None = None
+        """Set once: the server needs the exports, which need the catalogue, which asks for sessions."""
+
+    def sessions(self) -> Sequence[SessionInfo]:
+        """See SessionControl."""
+        if self.server is None:
+            return ()
+        return [
+            SessionInfo(
+                id=session.id,
+                export=session.export,
+                volume_id=self._engine.registry.volume_of(session.id) or "",
+                peer=session.peer,
+                since_s=session.since_s,
+                bytes_read=session.bytes_read,
+                bytes_written=session.bytes_written,
+                requests=session.requests,
+                mode="ro" if session.read_only else "rw",
+            )
+            for session in self.server.sessions()
+        ]
+
+    async def drop(self, session_id: str) -> bool:
+        """See SessionControl."""
+        return self.server is not None and self.server.drop(session_id)
+
+    async def drop_volume(self, volume_id: str) -> int:
+        """See SessionControl."""
+        mine = [session.id for session in self.sessions() if session.volume_id == volume_id]
+        return sum([await self.drop(session_id) for session_id in mine])
+
+
+class Daemon:
+    """A running daemon. ``start`` brings it up, ``stop`` takes it down; nothing of it is global."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stack = AsyncExitStack()
+        self._not_ready = "starting"
+        self.endpoints = Endpoints(
+            state_dir=str(settings.state_dir.absolute()),
+            http_socket=str(settings.http_socket),
+            nbd_socket=str(settings.nbd_socket),
+        )
+
+    async def start(self) -> None:
+        """Open the pool, recover what was left, then listen. Raises errors of the tree; nothing runs on then."""
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            engine = await Engine.start(settings.state_dir, settings.devices, _engine_settings(settings))
+            stack.push_async_callback(engine.close)
+            sessions = Sessions(engine)
+            catalogue = Catalogue(engine.store, engine.registry, engine.storage)
+            presentation = Presentation(engine.store, sessions)
+            await presentation.finish_deletions()
+            exports = Exports(catalogue, engine.registry, presentation.resolve, presentation.exports)
+            server = sessions.server = NbdServer(exports)
+            stack.push_async_callback(server.stop)
+            services = Services(
+                catalogue=catalogue,
+                presentation=presentation,
+                sessions=sessions,
+                space=engine.storage,
+                devices=engine.storage,
+                idempotency=Idempotency(engine.store),
+                endpoints=lambda: self.endpoints,
+                not_ready=lambda: self._not_ready or engine.not_ready(),
+                metrics=Metrics(engine, catalogue, server).take,
+            )
+            await self._listen(services, server, stack)
+            workers = TaskSet("daemon")
+            stack.push_async_callback(workers.close)
+            workers.start(_copy_metadata(engine, settings.state_dir), "metadata copies")
+            self._not_ready = ""
+            self._stack = stack.pop_all()
+
+    async def _listen(self, services: Services, server: NbdServer, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        await server.listen_unix(self.endpoints.nbd_socket)
+        for activated in activation_sockets(os.environ, os.getpid()):
+            server.adopt(activated)
+        clear_activation(os.environ)
+        nbd = settings.nbd_address
+        if nbd is not None:
+            (host, port), *_ = await server.listen_tcp(*nbd)
+            self.endpoints = replace(self.endpoints, nbd_host=host, nbd_port=port)
+        api = ApiServer(build(services), self.endpoints.http_socket, *(settings.http_address or ()))
+        await api.start()
+        stack.push_async_callback(api.stop)
+        if settings.http_address is not None:
+            self.endpoints = replace(self.endpoints, http_host=settings.http_address[0], http_port=api.port)
+
+    async def stop(self) -> None:
+        """Stop accepting, answer what is in flight, checkpoint and close every volume, let go of the pool."""
+        self._not_ready = "stopping"
+        await self._stack.aclose()
+
+
+def _engine_settings(settings: Settings) -> EngineSettings:
+    return EngineSettings(
+        chunk_bytes=settings.chunk_size,
+        leaf_cache_bytes=settings.leaf_cache,
+        metadata_reserve_bytes=settings.metadata_reserve,
+    )
+
+
+async def _copy_metadata(engine: Engine, state_dir: Path) -> None:
+    """Keep compacted copies of the metadata on every device: the one LMDB file maps everything."""
+    while True:
+        folders = [path / COPIES for path in engine.storage.paths().values()]
+        for folder in folders:
+            try:
+                await engine.context.threads.run(partial(write_copy, engine.store, folder, time.time()))
+            except BlockvirtError as error:
+                log.error("no copy of the metadata in %s: %s", folder, error)
+        try:
+            await engine.context.threads.run(partial(remember_folders, state_dir, folders))
+        except OSError as error:
+            log.error("cannot note where the copies of the metadata lie: %s", error)
+        await asyncio.sleep(METADATA_COPY_INTERVAL_S)
+
+
+async def run(settings: Settings, announce: Callable[[Endpoints], None]) -> None:
+    """Run a daemon until SIGTERM or SIGINT; ``announce`` is called once it serves."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    daemon = Daemon(settings)
+    await daemon.start()
+    try:
+        announce(daemon.endpoints)
+        notify("READY=1")
+        await stopping.wait()
+        notify("STOPPING=1")
+        log.info("stopping: answering what is in flight, then a checkpoint of every open volume")
+    finally:
+        await daemon.stop()
+
+
+def serve(settings: Settings, announce: Callable[[Endpoints], None]) -> None:
+    """Run the daemon in the foreground, with logs on stderr."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    # A thread that holds the GIL may keep the loop waiting for so long: the default of 5 ms is half a hundred requests.
+    sys.setswitchinterval(0.0005)
+    uvloop.run(run(settings, announce))
