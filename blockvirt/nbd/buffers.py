@@ -102,6 +102,10 @@ class BufferPool:
         if len(free) < _KEPT[buffer.kind]:
             free.append(buffer)
 
+    def write_off(self, _buffer: Buffer) -> None:
+        """Let go of a buffer that somebody may still have a view of: its memory lives until they let go too."""
+        self.lent -= 1
+
     def trim(self) -> None:
         """Drop the buffers that were not needed since the last call; called every few seconds."""
         for kind, free in enumerate(self._free):

@@ -300,6 +300,10 @@ class NbdServer:
             in_flight_bytes=self._shared.budget.used_bytes,
         )
 
+    async def all_closed(self) -> None:
+        """Return when no connection is left, their volume handles closed."""
+        await self._tasks.wait()
+
     # --- the end ---------------------------------------------------------------------------------------------------
 
     async def stop(self, drain_s: float = NBD_DRAIN_S) -> None:
@@ -336,7 +340,7 @@ class NbdServer:
     async def _all_gone(self, within_s: float) -> bool:
         try:
             async with asyncio.timeout(within_s):
-                await self._tasks.wait()
+                await self.all_closed()
         except TimeoutError:
             return False
         return True

@@ -176,6 +176,7 @@ class SlowLane:
             self._sink.abandon("the volume is shutting down")
         except asyncio.CancelledError:
             if buffer is not None:  # a thread may still use it: let it go, but not to the next request
+                self._pool.write_off(buffer)
                 charge, buffer = charge + buffer.charge_bytes, None
             raise
         finally:

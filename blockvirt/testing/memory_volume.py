@@ -17,7 +17,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.arrived = asyncio.Event()
+        self._arrivals = asyncio.Semaphore(0)
         self._open = asyncio.Event()
+
+    async def arrivals(self, count: int) -> None:
+        """Return when ``count`` more calls have arrived than earlier waits have seen."""
+        for _ in range(count):
+            await self._arrivals.acquire()
 
     def let_go(self) -> None:
         """Open the gate for good."""
@@ -26,6 +32,7 @@ class Gate:
     async def pass_through(self) -> None:
         """Say that somebody is here and wait until the gate is open."""
         self.arrived.set()
+        self._arrivals.release()
         await self._open.wait()
 
 
