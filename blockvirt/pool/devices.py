@@ -150,17 +150,14 @@ def space_at(path: Path, name: str) -> FilesystemSpace:
 
 
 def check_mount(path: Path, name: str) -> tuple[str, ...]:
-    """Return what an administrator should know of the filesystem; raises DeviceFault where it is read-only."""
+    """Return what an administrator should know of the filesystem; raises DeviceFault where it cannot be reached."""
     try:
         mount = mount_of(path)
     except OSError as error:
         raise missing(path, name, error) from error
-    if mount is None:
+    if mount is None or mount.fs_type not in _WARNINGS:
         return ()
-    if mount.read_only:
-        raise read_only(path, name)
-    warning = _WARNINGS.get(mount.fs_type)
-    return () if warning is None else (f"the filesystem of {path} ({mount.fs_type}) {warning}",)
+    return (f"the filesystem of {path} ({mount.fs_type}) {_WARNINGS[mount.fs_type]}",)
 
 
 def check_writable(path: Path, name: str, *, full_is_wrong: bool) -> None:
@@ -178,7 +175,7 @@ def check_writable(path: Path, name: str, *, full_is_wrong: bool) -> None:
         if error.errno in _FULL and not full_is_wrong:
             return
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise read_only(path, name) from error
+            raise _read_only(path, name) from error
         raise DeviceFault(
             f"device {name}: no file can be created in {path}: {error.strerror}",
             correction="free space on that disk" if error.errno in _FULL else "check the disk's health",
@@ -199,7 +196,7 @@ def missing(path: Path, name: str, error: OSError) -> DeviceFault:
     )
 
 
-def read_only(path: Path, name: str) -> DeviceFault:
+def _read_only(path: Path, name: str) -> DeviceFault:
     """Return the fault of a directory in which nothing can be written."""
     return DeviceFault(
         f"device {name}: {path} is read-only",

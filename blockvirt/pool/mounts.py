@@ -15,8 +15,6 @@ class Mount:
     point: str
     fs_type: str
     source: str
-    read_only: bool
-    """Of this mount or of its filesystem."""
 
 
 def mount_of(directory: Path) -> Mount | None:
@@ -43,8 +41,7 @@ def parse_mount(line: str) -> Mount:
     left, right = before.split(), after.split()
     if not separator or len(left) < 6 or len(right) < 3:
         raise ValueError(f"not a line of mountinfo: {line!r}")
-    options = {*left[5].split(","), *right[2].split(",")}
-    return Mount(_unescaped(left[4]), right[0], _unescaped(right[1]), "ro" in options)
+    return Mount(_unescaped(left[4]), right[0], _unescaped(right[1]))
 
 
 def _unescaped(text: str) -> str:

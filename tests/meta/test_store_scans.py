@@ -62,7 +62,7 @@ def test_floor(shared: Store, keys: set[bytes], key: bytes, prefix: bytes) -> No
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("count", [255, 256, 257, 1000])
-def test_a_writer_may_delete_what_it_scans(store: Store, count: int, reverse: bool) -> None:
+def test_a_writer_scans_in_batches_and_may_delete_what_it_scans(store: Store, count: int, reverse: bool) -> None:
     def put(writer: Writer) -> None:
         for number in range(count):
             writer.put(Table.PUNCH, b"%06d" % number, b"")
@@ -73,9 +73,12 @@ def test_a_writer_may_delete_what_it_scans(store: Store, count: int, reverse: bo
         seen = []
         for key, _ in writer.scan(Table.PUNCH, reverse=reverse):
             seen.append(key)
+            assert len(seen) <= count
             writer.delete(Table.PUNCH, key)
         return seen
 
     expected = [b"%06d" % number for number in range(count)]
+    all_rows = store.commit_now(lambda writer: list(writer.scan(Table.PUNCH, reverse=reverse)))
+    assert [key for key, _ in all_rows] == (expected[::-1] if reverse else expected)
     assert store.commit_now(change) == (expected[::-1] if reverse else expected)
     assert store.stats().entries["punch"] == 0

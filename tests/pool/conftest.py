@@ -31,14 +31,14 @@ def mount(tmp_path: Path) -> Generator[Mounter]:
 
 
 @pytest.fixture
-def make_image(tmp_path: Path) -> Callable[[str, int], Path]:
-    """Make a filesystem of (type, MiB) in a file."""
+def make_image(tmp_path: Path) -> Callable[..., Path]:
+    """Make a filesystem of (type, MiB), with these options of mkfs, in a file."""
 
-    def make(fs_type: str, size_mib: int) -> Path:
+    def make(fs_type: str, size_mib: int, *options: str) -> Path:
         image = tmp_path / f"{fs_type}.img"
         with image.open("wb") as file:
             file.truncate(size_mib << 20)
-        run(f"mkfs.{fs_type}", "-q", image)
+        run(f"mkfs.{fs_type}", "-q", *options, image)
         return image
 
     return make

@@ -53,14 +53,14 @@ def refused(path: Path, record: DeviceRecord, reason: str) -> DeviceFault:
 
 
 def fill(disk: Path) -> None:
-    """Take all space and all inodes of a filesystem."""
-    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(1 << 16)):
-            pass
+    """Take all inodes and all space of a filesystem."""
     with contextlib.suppress(OSError):
         for number in range(1 << 20):
             (disk / f"f{number}").touch()
-    assert os.statvfs(disk).f_bavail == 0
+    with (disk / "f0").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(1 << 16)):
+            pass
+    assert os.statvfs(disk).f_bavail == os.statvfs(disk).f_ffree == 0
 
 
 def test_a_device_is_labelled_and_recognised_again(tmp_path: Path) -> None:
@@ -211,10 +211,8 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.requires("root", "loop", "mkfs.ext4")
-def test_a_full_disk_is_claimed_but_not_given(
-    tmp_path: Path, mount: Mounter, make_image: Callable[[str, int], Path]
-) -> None:
-    disk = mount("-o", "loop", make_image("ext4", 16))
+def test_a_full_disk_is_claimed_but_not_given(tmp_path: Path, mount: Mounter, make_image: Callable[..., Path]) -> None:
+    disk = mount("-o", "loop", make_image("ext4", 16, "-N", "64"))
     (disk / "device").mkdir()
     (disk / "other").mkdir()
     record = added(disk / "device")
@@ -227,9 +225,7 @@ def test_a_full_disk_is_claimed_but_not_given(
 
 
 @pytest.mark.requires("root", "loop", "mkfs.ext4")
-def test_another_disk_mounted_over_one_in_use(
-    tmp_path: Path, mount: Mounter, make_image: Callable[[str, int], Path]
-) -> None:
+def test_another_disk_mounted_over_one_in_use(tmp_path: Path, mount: Mounter, make_image: Callable[..., Path]) -> None:
     record = added(tmp_path / "disk")
     device: Device = claim(record, POOL)
     mount("-o", "loop", make_image("ext4", 16), at=tmp_path / "disk")
@@ -260,7 +256,7 @@ def test_a_line_of_the_mount_table() -> None:
     mount = parse_mount(
         r"36 35 8:1 /a /my\040disk rw,noatime shared:1 master:2 - ext4 /dev/sda\1341 ro,errors=remount-ro"
     )
-    assert mount == Mount("/my disk", "ext4", r"/dev/sda\1", read_only=True)
+    assert mount == Mount("/my disk", "ext4", r"/dev/sda\1")
     for line in ("", "36 35 8:1 / / rw", "36 35 - ext4 x rw"):
         with pytest.raises(ValueError, match="not a line"):
             parse_mount(line)
