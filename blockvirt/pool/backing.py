@@ -84,6 +84,8 @@ class BackingFile:
                 f"cannot open backing file {self.path}: {error.strerror}",
                 correction="check the device's mount and its kernel messages",
             ) from error
+        if not self.used_chunks:
+            os.ftruncate(self.fd, 0)  # nothing in it was ever handed out: what is there must not show
         self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift
 
     def cut(self) -> None:

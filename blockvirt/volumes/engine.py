@@ -83,15 +83,15 @@ class Engine:
             stack.callback(lock_pool(state_dir).release)
             store = Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
             stack.callback(store.close)
-            pool = _pool_record(store, settings)
+            pool = pool_record(store, settings)
             threads = IoThreads(IO_THREADS)
             stack.callback(threads.close)
             with store.read() as reader:
-                members = _members(reader)
+                members = members_of(reader)
             storage = PoolStorage(store, threads, *claim_all(members, pool.id))
             stack.callback(storage.release)
             await _add_devices(storage, members, devices or ([] if members else [state_dir / "pool"]))
-            engine = cls(_context(settings, pool, storage, store, threads), storage)
+            engine = cls(volume_context(settings, pool, storage, store, threads), storage)
             stack.push_async_callback(engine.registry.close)
             store.on_failure(engine.registry.stop_all)
             await engine.leftovers.settle_all()
@@ -118,9 +118,10 @@ class Engine:
         await self._stack.aclose()
 
 
-def _context(
+def volume_context(
     settings: EngineSettings, pool: PoolRecord, storage: PoolStorage, store: Store, threads: IoThreads
 ) -> VolumeContext:
+    """Return what the volumes of a pool share."""
     return VolumeContext(
         pool_id=pool.id,
         chunk_shift=pool.chunk_bytes.bit_length() - 1,
@@ -135,7 +136,7 @@ def _context(
     )
 
 
-def _pool_record(store: Store, settings: EngineSettings) -> PoolRecord:
+def pool_record(store: Store, settings: EngineSettings) -> PoolRecord:
     """Return the pool's record, made at the first start; raises MetadataFault for a newer format."""
     with store.read() as reader:
         found = reader.record(PoolRecord, Table.POOL, POOL_KEY)
@@ -157,7 +158,8 @@ def _pool_record(store: Store, settings: EngineSettings) -> PoolRecord:
     return made
 
 
-def _members(reader: Reader) -> list[DeviceRecord]:
+def members_of(reader: Reader) -> list[DeviceRecord]:
+    """Return the devices of a pool, usable or not; raises DamagedRecord."""
     members = []
     for key, _ in reader.scan(Table.DEVICES):
         record = reader.record(DeviceRecord, Table.DEVICES, key)

@@ -1,0 +1,171 @@
+"""``blockvirt check``: the offline proof of a pool, and bringing back its metadata from a copy."""
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blockvirt.errors import BlockvirtError, InUse, MetadataFault
+from blockvirt.lun.leaf import decode
+from blockvirt.meta.copies import newest_intact, remembered_folders, restore
+from blockvirt.meta.datafile import DATA_FILE
+from blockvirt.meta.findings import Finding, Severity, corrupt
+from blockvirt.meta.keys import POOL_KEY, Table, number_key
+from blockvirt.meta.records import FileRecord, PoolRecord
+from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.verify import verify_pages, verify_records
+from blockvirt.pool.backing import backing_path
+from blockvirt.pool.devices import COPIES, FILES, claim_all
+from blockvirt.pool.lock import lock_pool
+from blockvirt.volumes.context import IoThreads
+from blockvirt.volumes.engine import EngineSettings, members_of, pool_record, volume_context
+from blockvirt.volumes.proof import MapProof
+from blockvirt.volumes.storage import PoolStorage
+
+_FILE_NAME = re.compile(r"([0-9a-f]{8})-([0-9a-f]{7})", re.ASCII)
+
+CLEAN, COULD_NOT_RUN, CORRUPT, LEAKS = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found."""
+
+    findings: tuple[Finding, ...]
+    summary: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 clean, 2 corrupt, 3 leaks only. (1, could not run, is an error raised.)"""
+        kinds = {finding.severity for finding in self.findings}
+        if Severity.CORRUPT in kinds:
+            return CORRUPT
+        return LEAKS if kinds else CLEAN
+
+
+def run(state_dir: Path, *, repair: bool, restore_metadata: bool, devices: Sequence[Path] = ()) -> Report:
+    """Check the pool in ``state_dir``, which no daemon may hold.
+
+    ``repair`` frees leaks. ``restore_metadata`` first puts the newest intact copy of the metadata in place; it is
+    looked for on ``devices`` and where the daemon noted its devices last; intact metadata is never replaced.
+    Raises PoolLocked, MetadataFault, DeviceFault.
+    """
+    if not state_dir.is_dir():
+        raise MetadataFault(
+            f"there is no pool in {state_dir}: the directory does not exist", correction="name its state directory (-s)"
+        )
+    with ExitStack() as stack:
+        stack.callback(lock_pool(state_dir).release)
+        restored = ""
+        if restore_metadata:
+            _refuse_intact(state_dir / "metadata")
+            folders = [device / COPIES for device in devices] + remembered_folders(state_dir)
+            restored = _restore(state_dir, folders)
+        metadata = state_dir / "metadata"
+        pages = list(verify_pages(metadata))
+        if pages:
+            return _report(pages, "the rest was not looked at: with damaged pages nothing can be trusted")
+        store = Store.open(metadata, reserve_bytes=0)
+        stack.callback(store.close)
+        return _check_store(store, stack, repair=repair, note=restored)
+
+
+def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> Report:
+    with store.read() as reader:
+        findings = list(verify_records(reader, decode))
+        members = members_of(reader)
+    pool = pool_record(store, EngineSettings())
+    threads = IoThreads(1)
+    stack.callback(threads.close)
+    storage = PoolStorage(store, threads, *claim_all(members, pool.id))
+    stack.callback(storage.release)
+    findings += [
+        corrupt("device-unusable", f"device {status.name}", status.problem)
+        for status in storage.list()
+        if status.state != "online"
+    ]
+    proof = MapProof(volume_context(EngineSettings(), pool, storage, store, threads))
+    findings += proof.run()
+    if repair and not any(finding.severity is Severity.CORRUPT for finding in findings):
+        freed = proof.repair()
+        return _report([], f"{freed} leaks repaired" if freed else note)
+    return _report(findings, note)
+
+
+def _report(findings: Iterable[Finding], note: str) -> Report:
+    found = tuple(findings)
+    corruptions = sum(1 for finding in found if finding.severity is Severity.CORRUPT)
+    leaks = len(found) - corruptions
+    words = "clean" if not found else f"{corruptions} corruptions, {leaks} leaks"
+    return Report(found, f"{words}; {note}" if note else words)
+
+
+def _refuse_intact(metadata: Path) -> None:
+    if list(verify_pages(metadata)):
+        return
+    try:
+        store = Store.open(metadata, reserve_bytes=0)
+    except MetadataFault:
+        return
+    try:
+        with store.read() as reader:
+            if any(finding.severity is Severity.CORRUPT for finding in verify_records(reader, decode)):
+                return
+    except BlockvirtError:
+        return
+    finally:
+        store.close()
+    raise InUse(
+        f"the metadata in {metadata} is intact: nothing was restored",
+        cause="a copy is older, whatever was mapped since it was made would be lost",
+        correction=f"to insist, move {metadata / DATA_FILE} away first",
+    )
+
+
+def _restore(state_dir: Path, folders: Sequence[Path]) -> str:
+    copy = newest_intact(folders)
+    if copy is None:
+        raise MetadataFault(
+            "no intact copy of the metadata was found",
+            cause="looked in " + (", ".join(map(str, folders)) or "no folder: the state directory names no device"),
+            correction="mount the pool's devices, and name them with --device",
+        )
+    aside = restore(copy, state_dir / "metadata")
+    store = Store.open(state_dir / "metadata", reserve_bytes=0)
+    try:
+        with store.read() as reader:
+            paths = {record.id: Path(record.path) for record in members_of(reader)}
+        store.commit_now(lambda writer: _step_over(writer, paths))
+    finally:
+        store.close()
+    kept = f"; what was there is kept as {aside}" if aside is not None else ""
+    return f"metadata of {copy.made} restored from {copy.path}{kept}"
+
+
+def _step_over(writer: Writer, paths: dict[str, Path]) -> None:
+    """Make sure that nothing handed out after the copy was made is ever handed out again (I2).
+
+    What lies there belongs to nobody now: a leak that ``--repair`` frees, once nobody wants to look at it any more.
+    """
+    pool = writer.record(PoolRecord, Table.POOL, POOL_KEY)
+    assert pool is not None
+    branches, numbers = [pool.next_branch - 1], [pool.next_file - 1]
+    for path in paths.values():
+        for name in (entry.name for entry in (path / FILES).iterdir()):
+            if match := _FILE_NAME.fullmatch(name):
+                branches.append(int(match[1], 16))
+                numbers.append(int(match[2], 16))
+    writer.put_record(
+        Table.POOL,
+        POOL_KEY,
+        replace(pool, next_branch=max(branches) + 1, next_file=max(numbers) + 1, epoch=pool.epoch + (1 << 20)),
+    )
+    for key, _ in writer.scan(Table.FILES):
+        file = writer.record(FileRecord, Table.FILES, key)
+        if file is None or file.device_id not in paths:
+            continue
+        path = backing_path(paths[file.device_id], file.branch, file.number)
+        chunks = -(-path.stat().st_size // pool.chunk_bytes) if path.exists() else 0
+        if chunks > file.used_chunks:
+            writer.put_record(Table.FILES, number_key(file.number), replace(file, used_chunks=chunks))

@@ -1,0 +1,153 @@
+"""The offline check: clean pools are clean, damage is corrupt, what a crash leaves is a leak that repair frees."""
+
+import os
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockvirt.check import run
+from blockvirt.errors import InUse, PoolLocked
+from blockvirt.lun.leaf import decode, encode
+from blockvirt.meta.copies import remember_folders, write_copy
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import FileRecord, seal, unseal
+from blockvirt.meta.store import Store, Writer
+from tests.volumes.conftest import Pool, abandon, read, write
+
+
+async def at_rest(tmp_path: Path) -> Pool:
+    """A pool with one volume of 20 chunks, 6 of them mapped."""
+    pool = await Pool(tmp_path).start()
+    handle = await pool.open(await pool.volume(20 * 4096, "v"))
+    for chunk in (0, 1, 2, 9, 10, 15):
+        await write(handle, chunk * 4096, bytes([chunk + 1]) * 4096)
+    await handle.close()
+    await pool.close()
+    return pool
+
+
+def codes(pool: Pool, *, repair: bool = False) -> list[str]:
+    report = run(pool.state_dir, repair=repair, restore_metadata=False)
+    return sorted(finding.code for finding in report.findings)
+
+
+def alter(pool: Pool, change: Callable[[Writer], None]) -> None:
+    store = Store.open(pool.state_dir / "metadata", reserve_bytes=0)
+    store.commit_now(change)
+    store.close()
+
+
+async def test_a_pool_at_rest_is_clean(tmp_path: Path) -> None:
+    pool = await at_rest(tmp_path)
+    report = run(pool.state_dir, repair=False, restore_metadata=False)
+    assert (report.exit_code, report.findings, report.summary) == (0, (), "clean")
+
+
+async def test_a_pool_that_a_dead_daemon_left_is_proved_with_its_journal(pool: Pool) -> None:
+    handle = await pool.open(await pool.volume(4096 * 600))
+    await write(handle, 0, b"x" * 4096 * 600)
+    await handle._opened.checkpointer.run()
+    await handle.zero(4096, 4096 * 500, punch=True)
+    await write(handle, 4096 * 3, b"y" * 9000)
+    await abandon(pool, power_cut=False)
+    assert codes(pool) == []
+    await pool.start()
+
+
+async def test_a_running_pool_is_not_checked(pool: Pool) -> None:
+    with pytest.raises(PoolLocked, match=str(os.getpid())):
+        run(pool.state_dir, repair=False, restore_metadata=False)
+
+
+@pytest.mark.parametrize(
+    ("slot", "entry_of", "code"),
+    [
+        (4, lambda entries: entries[0], "address-twice"),
+        (4, lambda entries: entries[0] + 19, "address-beyond"),
+        (4, lambda entries: entries[0] + (7 << 28), "address-unknown"),
+        (0, lambda entries: 0, "live-count"),
+    ],
+)
+async def test_a_wrong_entry_is_corrupt(
+    tmp_path: Path, slot: int, entry_of: Callable[["array[int]"], int], code: str
+) -> None:
+    pool = await at_rest(tmp_path)
+
+    def change(writer: Writer) -> None:
+        ((key, stored),) = writer.scan(Table.LEAVES)
+        entries = decode(unseal(key, stored, what="leaf"))
+        entries[slot] = entry_of(entries)
+        writer.put(Table.LEAVES, key, seal(key, encode(entries)))
+
+    alter(pool, change)
+    assert code in codes(pool)
+    assert run(pool.state_dir, repair=False, restore_metadata=False).exit_code == 2
+
+
+async def test_a_damaged_leaf_a_short_file_and_a_missing_file_are_corrupt(tmp_path: Path) -> None:
+    pool = await at_rest(tmp_path)
+    (file,) = (pool.device / "files").iterdir()
+    os.truncate(file, 4096)
+    assert codes(pool) == ["file-short"]
+    file.rename(tmp_path / "kept")
+    assert codes(pool) == ["file-missing"]
+
+    def change(writer: Writer) -> None:
+        ((key, stored),) = writer.scan(Table.LEAVES)
+        writer.put(Table.LEAVES, key, stored[:-1] + bytes([stored[-1] ^ 1]))
+
+    alter(pool, change)
+    assert "leaf-damaged" in codes(pool) or "damaged-record" in codes(pool)
+
+
+async def test_leaks_are_found_and_repaired(tmp_path: Path) -> None:
+    pool = await at_rest(tmp_path)
+    stray = pool.device / "files" / "000000ff-00000ff"
+    stray.write_bytes(b"z" * 10_000)
+    (file,) = (path for path in (pool.device / "files").iterdir() if path != stray)
+    with file.open("r+b") as opened:  # chunks that were handed out and never journalled
+        opened.seek(6 * 4096)
+        opened.write(b"q" * 8192)
+
+    def change(writer: Writer) -> None:
+        ((key, _),) = writer.scan(Table.FILES)
+        record = writer.record(FileRecord, Table.FILES, key)
+        assert record is not None
+        writer.put_record(Table.FILES, key, FileRecord(record.number, record.branch, record.device_id, 8, 6))
+
+    alter(pool, change)
+    report = run(pool.state_dir, repair=False, restore_metadata=False)
+    assert report.exit_code == 3
+    assert sorted(finding.code for finding in report.findings) == ["chunks-leaked", "file-stray"]
+    assert "8192 bytes" in next(finding.message for finding in report.findings if finding.code == "chunks-leaked")
+    assert codes(pool, repair=True) == []
+    assert codes(pool) == []
+    assert not stray.exists()
+
+
+async def test_metadata_comes_back_from_a_copy_and_no_address_is_used_twice(tmp_path: Path) -> None:
+    pool = await Pool(tmp_path).start()
+    volume_id = await pool.volume(20 * 4096, "v")
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"a" * 4096)
+    await handle._opened.checkpointer.run()
+    write_copy(pool.engine.store, pool.device / "metadata", 1000.0)
+    remember_folders(pool.state_dir, [pool.device / "metadata"])
+    await write(handle, 4096, b"SECRET" * 500)
+    await handle.close()
+    await pool.close()
+    with pytest.raises(InUse, match="intact"):
+        run(pool.state_dir, repair=False, restore_metadata=True)
+    (pool.state_dir / "metadata" / "data.mdb").write_bytes(b"garbage" * 1000)
+    report = run(pool.state_dir, repair=False, restore_metadata=True)
+    assert "restored" in report.summary
+    assert {finding.code for finding in report.findings} <= {"chunks-leaked"}
+    await pool.start()
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 8192) == b"a" * 4096 + bytes(4096)
+    await write(handle, 5000, b"b")
+    assert await read(handle, 4096, 4096) == bytes(5000 - 4096) + b"b" + bytes(8192 - 5001)
+    await handle.close()
+    await pool.close()
