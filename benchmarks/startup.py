@@ -7,6 +7,7 @@ SIGKILL: the time to `/readyz` 200, and to the first byte read over NBD.
 
 import argparse
 import asyncio
+import asyncio
 import http.client
 import json
 import socket
@@ -95,7 +96,7 @@ def main() -> int:
     with ground(options.dir) as directory:
         pool = Pool(directory)
         began = time.monotonic()
-        fixtures.write_mapped_pool(pool.state, pool.device, options.volumes, options.chunks)
+        asyncio.run(fixtures.write_mapped_pool(pool.state, pool.device, options.volumes, options.chunks))
         print(f"pool written in {time.monotonic() - began:.1f} s", file=sys.stderr)
         first, process = pool.start(None)  # warms the page cache and says which volume there is; not counted
         export = pool.some_volume()
