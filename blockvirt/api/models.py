@@ -154,7 +154,7 @@ class Volume(_Answer):
 
     id: str
     name: str
-    state: Literal["available", "in-use", "damaged"]
+    state: Literal["available", "in-use", "stopped", "damaged"]
     size_bytes: int
     mapped_bytes: int = Field(description="What it occupies; the rest was never written, or was trimmed.")
     chunk_bytes: int
@@ -167,7 +167,7 @@ class Volume(_Answer):
     created_at: datetime
     requested_size_bytes: int | None = Field(None, description="Only where the size was rounded up to whole sectors.")
     located: list[DeviceShare] | None = Field(None, description="Where its data lies; only when one volume is shown.")
-    damage: str | None = Field(None, description="What is damaged; only in the state 'damaged'.")
+    damage: str | None = Field(None, description="What is damaged, or why it stopped; only in those states.")
 
 
 class VolumeList(_Answer):

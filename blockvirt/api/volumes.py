@@ -160,6 +160,17 @@ async def delete_volume(call: Call, volume: str, query: models.DeleteQuery) -> R
     )
 
 
+@operations.add("POST", "/v1/volumes/{volume}/reopen", {200: models.Volume}, errors=(404, 409))
+async def reopen_volume(call: Call, volume: str) -> Reply:
+    """Bring a volume that has stopped back as after a power cut.
+
+    A volume stops when a sync or a metadata commit of it fails. What was flushed before is there; what was written
+    since may not be.
+    """
+    found = await call.services.catalogue.reopen(volume)
+    return Reply(answers.volume(found, call.services.endpoints()), headers=etag(found.revision))
+
+
 @operations.add("GET", "/v1/volumes/{volume}/attach-info", {200: models.AttachInfo}, errors=(404,))
 async def attach_volume(call: Call, volume: str) -> Reply:
     """Say how to attach a volume under its own name: URIs, and lines to paste."""

@@ -133,6 +133,18 @@ def label(context: Context, volume: str, labels: tuple[str, ...], output: str) -
     _show(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
 
 
+@volume_group.command("reopen")
+@click.argument("volume")
+@output_option
+@pass_context
+def reopen(context: Context, volume: str, output: str) -> None:
+    """Bring a volume that has stopped back as after a power cut.
+
+    A volume stops when a sync of it fails. Mend the disk first; check the filesystem on the volume afterwards.
+    """
+    _show(context.client.call("POST", f"/v1/volumes/{segment(volume)}/reopen"), output)
+
+
 @volume_group.command("delete")
 @click.argument("volumes", nargs=-1, required=True, metavar="VOLUME...")
 @click.option("--force", is_flag=True, help="Also while mapped or in use: mappings go, sessions are dropped.")

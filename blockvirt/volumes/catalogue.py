@@ -289,6 +289,16 @@ class Catalogue:
         self._open.wake_deleter()
         return Deletion(found, deleted=True, obstacles=obstacles, shares=shares)
 
+    async def reopen(self, name_or_id: str) -> Volume:
+        """Bring a volume that has stopped back as after a power cut: what was flushed is there.
+
+        Raises NotFound, InUse (it has not stopped) and whatever keeps it from being recovered.
+        """
+        record = self._record(name_or_id)
+        await self._open.reopen(record.id)
+        log.warning("volume %s (%s) was reopened", record.name, record.id)
+        return self.get(record.id)
+
     # --- policy ----------------------------------------------------------------------------------------------------
 
     async def set_policy(

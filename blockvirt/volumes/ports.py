@@ -28,6 +28,9 @@ class OpenVolumes(Protocol):
     async def discard(self, volume_id: str) -> None:
         """Drop the sessions of a volume and close it without a checkpoint; it is flagged ``deleting`` already."""
 
+    async def reopen(self, volume_id: str) -> None:
+        """Bring a volume that has stopped (I7) back as after a power cut; raises InUse where it has not stopped."""
+
     def wake_deleter(self) -> None:
         """Say that a volume was flagged ``deleting``: its chunks, files and records go in the background."""
 

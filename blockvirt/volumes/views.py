@@ -25,7 +25,8 @@ class Volume:
     mapped_bytes: int
     chunk_bytes: int
     state: str
-    """'available', 'in-use' (a session is open) or 'damaged' (a record of it is; its other figures mean nothing)."""
+    """'available', 'in-use' (a session is open), 'stopped' (a sync failed: it waits to be reopened) or 'damaged' (a
+    record of it is; its other figures mean nothing)."""
     created_s: float
     revision: int
     sessions: int = 0
@@ -35,7 +36,7 @@ class Volume:
     units: tuple[str, ...] = ()
     """Export names of the logical units that show it to hosts, such as 'web1/lun0'."""
     damage: str = ""
-    """What is damaged, where the state is 'damaged'."""
+    """What is damaged, or why it stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def read_volume(reader: Reader, volume_id: str, name: str, chunk_bytes: int, ope
 def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: OpenVolumes) -> Volume:
     """Return the view of a volume whose own record is at hand; raises DamagedRecord for those around it."""
     mapped_chunks = open_volumes.mapped_chunks(record.id)
+    stopped = ""
     if mapped_chunks is None:
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
         if branch is None:
@@ -69,7 +71,7 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
                 f"volume {record.name!r} names branch {record.branch}, which does not exist",
                 correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back an intact copy",
             )
-        mapped_chunks = branch.mapped_chunks
+        mapped_chunks, stopped = branch.mapped_chunks, branch.stopped
     sessions = open_volumes.sessions_of(record.id)
     return Volume(
         id=record.id,
@@ -78,7 +80,7 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
         # The last chunk may reach beyond the end: nobody can have mapped more than the volume is large.
         mapped_bytes=min(mapped_chunks * chunk_bytes, record.size_bytes),
         chunk_bytes=chunk_bytes,
-        state="in-use" if sessions else "available",
+        state="stopped" if stopped else "in-use" if sessions else "available",
         created_s=record.created_s,
         revision=record.revision,
         sessions=sessions,
@@ -86,6 +88,7 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
         placement_devices=record.placement_devices,
         placement_labels=dict(record.placement_labels),
         units=unit_names(reader, record.id),
+        damage=stopped,
     )
 
 

@@ -75,6 +75,7 @@ class OpenVolumes:
     sizes: dict[str, int] = field(default_factory=dict)
     live_chunks: dict[str, int] = field(default_factory=dict)
     discarded: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
     woken: int = 0
 
     def is_open(self, volume_id: str) -> bool:
@@ -92,6 +93,12 @@ class OpenVolumes:
     async def resize(self, volume_id: str, size_bytes: int) -> None:
         """Remember the size."""
         self.sizes[volume_id] = size_bytes
+
+    async def reopen(self, volume_id: str) -> None:
+        """Only what a test stopped."""
+        if volume_id not in self.stopped:
+            raise InUse("the volume has not stopped")
+        self.stopped.remove(volume_id)
 
     async def discard(self, volume_id: str) -> None:
         """Drop the sessions."""

@@ -1,0 +1,256 @@
+"""Prometheus metrics: one collector over plain integers that the rooms count anyway.
+
+``take`` runs on the event loop and only copies numbers; making text of them happens in a thread. Series by volume exist
+for open volumes only, latency histograms by command only, so that a scrape stays small at 10,000 volumes.
+"""
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    SummaryMetricFamily,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from blockvirt import __version__
+from blockvirt.errors import MetadataFault
+from blockvirt.meta.store import StoreStats
+from blockvirt.nbd.constants import COMMAND_NAMES
+from blockvirt.nbd.stats import LATENCY_BOUNDS_S, ServerStats, Traffic
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.engine import Engine
+from blockvirt.volumes.ports import PoolStatus
+from blockvirt.volumes.stats import VolumeStats
+
+LEVELS = ("ok", "near", "brake", "stop")
+NO_EXPORT = ""
+"""Label of the traffic of exports that nobody has open any more, so that sums over volumes stay whole."""
+
+
+class NbdCounters(Protocol):
+    """Where the NBD server's figures come from."""
+
+    def stats(self) -> ServerStats:
+        """Return a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeFigures:
+    """One open volume at one moment."""
+
+    name: str
+    size_bytes: int
+    mapped_bytes: int
+    journal_fill_ratio: float
+    stopped: bool
+    stats: VolumeStats
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Everything that one scrape shows."""
+
+    pool: PoolStatus
+    promised_bytes: int
+    volumes: int
+    open_volumes: tuple[VolumeFigures, ...]
+    nbd: ServerStats
+    store: StoreStats
+
+
+class Metrics:
+    """Takes figures on the event loop and gives back what makes text of them."""
+
+    def __init__(self, engine: Engine, catalogue: Catalogue, server: NbdCounters) -> None:
+        """Read from a running pool and the server in front of it."""
+        self._engine = engine
+        self._catalogue = catalogue
+        self._server = server
+        self._last: Figures | None = None
+
+    def take(self) -> Callable[[], bytes]:
+        """Copy the numbers as they are now; call the result in a thread.
+
+        Once the metadata store has failed, what lies in it is shown as it was at the scrape before.
+        """
+        open_volumes, nbd = tuple(self._open_volumes()), self._server.stats()
+        try:
+            figures = Figures(
+                pool=self._engine.storage.status(),
+                promised_bytes=self._catalogue.promised_bytes,
+                volumes=self._catalogue.count(),
+                open_volumes=open_volumes,
+                nbd=nbd,
+                store=self._engine.store.stats(),
+            )
+        except MetadataFault:
+            if self._last is None:
+                raise
+            store = replace(self._last.store, failed=True)
+            figures = replace(self._last, open_volumes=open_volumes, nbd=nbd, store=store)
+        self._last = figures
+        return lambda: render(figures)
+
+    def _open_volumes(self) -> Iterator[VolumeFigures]:
+        for opened in self._engine.registry.opened():
+            volume = opened.volume
+            mapped_bytes = volume.tail.mapped_chunks * volume.chunk_bytes
+            yield VolumeFigures(
+                name=volume.record.name,
+                size_bytes=volume.size_bytes,
+                mapped_bytes=min(mapped_bytes, volume.size_bytes),
+                journal_fill_ratio=volume.journal.fill_ratio() if volume.journal is not None else 0.0,
+                stopped=volume.failure is not None,
+                stats=replace(volume.stats),
+            )
+
+
+def render(figures: Figures) -> bytes:
+    """Return the figures in the text format of Prometheus."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Figures(figures))
+    return generate_latest(registry)
+
+
+class _Figures(Collector):
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all families."""
+        yield InfoMetricFamily("blockvirt_build", "The version that runs.", value={"version": __version__})
+        yield from _pool(self._figures)
+        yield from _volumes(self._figures.open_volumes)
+        yield from _nbd(self._figures.nbd)
+        yield from _store(self._figures.store)
+
+
+def _pool(figures: Figures) -> Iterator[Metric]:
+    pool = figures.pool
+    for name, value, meaning in (
+        ("capacity_bytes", pool.capacity_bytes, "What the devices can hold, limits and reserves applied."),
+        ("used_bytes", pool.used_bytes, "Chunks that some map entry names."),
+        ("promised_bytes", figures.promised_bytes, "The sum of the sizes of all volumes."),
+        ("reserved_bytes", pool.reserved_bytes, "Allocated ahead, or freed and not yet punched out."),
+        ("free_bytes", pool.free_bytes, "What may still be allocated."),
+        ("overcommit_ratio", pool.overcommit_ratio, "How much may be promised for each byte of capacity."),
+        ("volumes", figures.volumes, "Volumes, open or not."),
+    ):
+        yield GaugeMetricFamily(f"blockvirt_pool_{name}", meaning, value)
+    state = GaugeMetricFamily("blockvirt_pool_state", "1 for the level of fullness that applies.", labels=["state"])
+    for level in LEVELS:
+        state.add_metric([level], level == pool.level)
+    yield state
+    capacity = GaugeMetricFamily("blockvirt_device_capacity_bytes", "What a device can hold.", labels=["device"])
+    used = GaugeMetricFamily("blockvirt_device_used_bytes", "Chunks on a device that are in use.", labels=["device"])
+    online = GaugeMetricFamily("blockvirt_device_online", "Whether a device can be used.", labels=["device"])
+    for device in pool.devices:
+        capacity.add_metric([device.name], device.capacity_bytes)
+        used.add_metric([device.name], device.used_bytes)
+        online.add_metric([device.name], device.state == "online")
+    yield from (capacity, used, online)
+
+
+def _volumes(volumes: tuple[VolumeFigures, ...]) -> Iterator[Metric]:
+    yield GaugeMetricFamily("blockvirt_open_volumes", "Volumes that hold memory and a journal.", len(volumes))
+    for name, meaning in (
+        ("size_bytes", "Size of an open volume."),
+        ("mapped_bytes", "What an open volume occupies."),
+        ("journal_fill_ratio", "How full the journal's running file is."),
+        ("stopped", "1: a sync failed, nothing is acknowledged any more."),
+    ):
+        gauge = GaugeMetricFamily(f"blockvirt_volume_{name}", meaning, labels=["volume"])
+        for volume in volumes:
+            gauge.add_metric([volume.name], getattr(volume, name))
+        yield gauge
+    for name, count, seconds, meaning in (
+        ("flush", "flushes", "flush_s", "FLUSH and FUA, grouped."),
+        ("checkpoint", "checkpoints", "checkpoint_s", "Checkpoints."),
+        ("fsync", "syncs", "sync_s", "fdatasync of a volume's files."),
+    ):
+        summary = SummaryMetricFamily(f"blockvirt_{name}_duration_seconds", meaning, labels=["volume"])
+        for volume in volumes:
+            summary.add_metric([volume.name], getattr(volume.stats, count), getattr(volume.stats, seconds))
+        yield summary
+    for name, meaning in (
+        ("journal_appends", "Batches of map changes."),
+        ("slow_reads", "Reads that a thread did."),
+        ("slow_writes", "Writes that a thread did."),
+        ("copied_chunks", "Chunks copied on write."),
+    ):
+        counter = CounterMetricFamily(f"blockvirt_volume_{name}", meaning, labels=["volume"])
+        for volume in volumes:
+            counter.add_metric([volume.name], getattr(volume.stats, name))
+        yield counter
+
+
+def _nbd(nbd: ServerStats) -> Iterator[Metric]:
+    requests = CounterMetricFamily("blockvirt_nbd_requests", "Requests answered.", labels=["volume", "command"])
+    moved = CounterMetricFamily("blockvirt_nbd_bytes", "Payload bytes.", labels=["volume", "direction"])
+    for export, traffic in [*nbd.exports.items(), (NO_EXPORT, _rest(nbd))]:
+        for command, count in zip(COMMAND_NAMES, traffic.requests, strict=True):
+            if count:
+                requests.add_metric([export, command], count)
+        moved.add_metric([export, "read"], traffic.bytes_read)
+        moved.add_metric([export, "write"], traffic.bytes_written)
+    yield from (requests, moved)
+    latency = HistogramMetricFamily(
+        "blockvirt_nbd_request_duration_seconds", "From a request's arrival to its reply.", labels=["command"]
+    )
+    for command, histogram in zip(COMMAND_NAMES, nbd.latency, strict=True):
+        bounds = [*(str(bound) for bound in LATENCY_BOUNDS_S), "+Inf"]
+        latency.add_metric([command], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum_s)
+    yield latency
+    errors = CounterMetricFamily("blockvirt_nbd_errors", "Error replies by errno.", labels=["code"])
+    for code, count in nbd.errors.items():
+        errors.add_metric([errno.errorcode.get(code, str(code))], count)
+    yield errors
+    for name, value, meaning in (
+        ("connections", nbd.connections, "Connections, those in the handshake included."),
+        ("sessions", nbd.sessions, "Sessions past the handshake."),
+        ("inflight_requests", nbd.in_flight, "Slow requests that are not answered yet."),
+        ("inflight_bytes", nbd.in_flight_bytes, "Memory that requests and replies in flight hold."),
+    ):
+        yield GaugeMetricFamily(f"blockvirt_nbd_{name}", meaning, value)
+    for name, value, meaning in (
+        ("connections_accepted", nbd.accepted_total, "Connections accepted."),
+        ("connections_refused", nbd.refused_total, "Connections refused at the limit."),
+        ("handshakes_failed", nbd.handshakes_failed_total, "Handshakes that came to nothing."),
+        ("stalled_clients_dropped", nbd.stalled_clients_dropped_total, "Clients that took no replies any more."),
+    ):
+        yield CounterMetricFamily(f"blockvirt_nbd_{name}", meaning, value)
+
+
+def _rest(nbd: ServerStats) -> Traffic:
+    """Return what is counted in total and of no export that is listed."""
+    rest = nbd.total.copy()
+    for traffic in nbd.exports.values():
+        rest.requests = [all_ - some for all_, some in zip(rest.requests, traffic.requests, strict=True)]
+        rest.bytes_read -= traffic.bytes_read
+        rest.bytes_written -= traffic.bytes_written
+    return rest
+
+
+def _store(store: StoreStats) -> Iterator[Metric]:
+    for name, value, meaning in (
+        ("map_used_ratio", store.used_ratio, "Used part of LMDB's map, which grows before it is half full."),
+        ("map_bytes", store.map_bytes, "Address space that LMDB maps."),
+        ("used_bytes", store.used_bytes, "End of the last page that was ever used."),
+        ("reserve_ok", store.reserve_ok, "1: the metadata reserve is whole."),
+        ("failed", store.failed, "1: metadata can be neither read nor written."),
+    ):
+        yield GaugeMetricFamily(f"blockvirt_lmdb_{name}", meaning, value)
+    yield CounterMetricFamily("blockvirt_lmdb_commits", "Synced transactions.", store.commits)
+    entries = GaugeMetricFamily("blockvirt_lmdb_entries", "Rows by table.", labels=["table"])
+    for table, rows in store.entries.items():
+        entries.add_metric([table], rows)
+    yield entries

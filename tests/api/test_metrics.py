@@ -1,0 +1,120 @@
+"""Metrics over a real pool and a real NBD server's counters."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from blockvirt.errors import MetadataFault
+from blockvirt.meta.store import Store
+from blockvirt.metrics import Metrics
+from blockvirt.nbd.constants import COMMAND_NAMES
+from blockvirt.nbd.stats import ServerStats, Traffic
+from blockvirt.units import MIB
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.engine import Engine, EngineSettings
+from blockvirt.volumes.requests import NewVolume
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class Counters:
+    """What an NBD server would have counted."""
+
+    def __init__(self) -> None:
+        self.figures = ServerStats()
+
+    def stats(self) -> ServerStats:
+        """The figures."""
+        return self.figures
+
+
+def parse(text: bytes) -> Samples:
+    """Every sample by name and labels."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+async def test_what_a_pool_in_use_shows(tmp_path: Path) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        catalogue = Catalogue(engine.store, engine.registry, engine.storage)
+        counters = Counters()
+        metrics = Metrics(engine, catalogue, counters)
+        volume = (await catalogue.create(NewVolume(64 * MIB, name="v"))).volume
+        await catalogue.create(NewVolume(64 * MIB, name="closed"))
+        handle = await engine.registry.open(volume.id, "s1")
+        await handle.write(0, memoryview(b"x" * MIB))
+        await handle.flush()
+        samples = parse(metrics.take()())
+        await handle.close()
+    finally:
+        await engine.close()
+    in_volume = (("volume", "v"),)
+    assert samples["blockvirt_pool_promised_bytes", ()] == 128 * MIB
+    assert samples["blockvirt_pool_capacity_bytes", ()] > samples["blockvirt_pool_used_bytes", ()] >= MIB
+    assert (
+        samples["blockvirt_pool_state", (("state", "ok"),)] + samples["blockvirt_pool_state", (("state", "near"),)] <= 1
+    )
+    assert samples["blockvirt_pool_volumes", ()] == 2
+    assert samples["blockvirt_open_volumes", ()] == 1
+    assert samples["blockvirt_volume_size_bytes", in_volume] == 64 * MIB
+    assert samples["blockvirt_volume_mapped_bytes", in_volume] == MIB
+    assert samples["blockvirt_flush_duration_seconds_count", in_volume] == 1
+    assert samples["blockvirt_flush_duration_seconds_sum", in_volume] > 0
+    assert samples["blockvirt_fsync_duration_seconds_count", in_volume] >= 1
+    assert 0 < samples["blockvirt_volume_journal_fill_ratio", in_volume] < 1
+    assert 0 < samples["blockvirt_lmdb_map_used_ratio", ()] < 1
+    assert not [key for key in samples if ("volume", "closed") in key[1]], "series by volume are for open ones"
+
+
+async def test_nbd_counters_keep_their_sums(tmp_path: Path) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        counters = Counters()
+        stats = counters.figures
+        read, write = COMMAND_NAMES.index("read"), COMMAND_NAMES.index("write")
+        stats.total.requests[read], stats.total.requests[write], stats.total.bytes_read = 10, 4, 4096
+        stats.exports["web1/lun0"] = Traffic(bytes_read=1024)
+        stats.exports["web1/lun0"].requests[read] = 7
+        stats.error(errno.ENOSPC)
+        stats.latency[read].observe(75e-6, 9)
+        stats.latency[read].observe(99.0)
+        stats.connections = 3
+        metrics = Metrics(engine, Catalogue(engine.store, engine.registry, engine.storage), counters)
+        samples = parse(metrics.take()())
+    finally:
+        await engine.close()
+    requests = "blockvirt_nbd_requests_total"
+    assert samples[requests, (("command", "read"), ("volume", "web1/lun0"))] == 7
+    assert samples[requests, (("command", "read"), ("volume", ""))] == 3
+    assert sum(value for (name, _), value in samples.items() if name == requests) == 14
+    assert samples["blockvirt_nbd_bytes_total", (("direction", "read"), ("volume", ""))] == 3072
+    assert samples["blockvirt_nbd_errors_total", (("code", "ENOSPC"),)] == 1
+    assert samples["blockvirt_nbd_connections", ()] == 3
+    bucket = "blockvirt_nbd_request_duration_seconds_bucket"
+    assert samples[bucket, (("command", "read"), ("le", "5e-05"))] == 0
+    assert samples[bucket, (("command", "read"), ("le", "0.0001"))] == 9
+    assert samples[bucket, (("command", "read"), ("le", "5.0"))] == 9
+    assert samples[bucket, (("command", "read"), ("le", "+Inf"))] == 10
+    assert samples["blockvirt_nbd_request_duration_seconds_count", (("command", "read"),)] == 10
+
+
+async def test_a_failed_store_still_has_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        metrics = Metrics(engine, Catalogue(engine.store, engine.registry, engine.storage), Counters())
+        assert parse(metrics.take()())["blockvirt_lmdb_failed", ()] == 0
+
+        def failed(self: Store) -> None:
+            raise MetadataFault("the store has failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "stats", failed)
+            assert parse(metrics.take()())["blockvirt_lmdb_failed", ()] == 1
+    finally:
+        await engine.close()
