@@ -8,6 +8,7 @@ that turns up under another's key is found out. Map records (leaves) have a bina
 import json
 import struct
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 from blockvirt.checksum import crc32c
@@ -174,6 +175,11 @@ def encode(key: bytes, record: Record) -> bytes:
     return seal(key, bytes([RECORD_VERSION]) + body)
 
 
+@cache
+def _field_names(cls: type[Record]) -> frozenset[str]:
+    return frozenset(each.name for each in fields(cls))
+
+
 def decode(cls: type[R], key: bytes, stored: bytes) -> R:
     """Return the record stored under ``key``; raises DamagedRecord, or MetadataFault for a newer record version."""
     what = f"{cls.__name__.removesuffix('Record').lower()} {key.hex()}"
@@ -184,8 +190,7 @@ def decode(cls: type[R], key: bytes, stored: bytes) -> R:
             correction="use the blockvirt version that wrote it, or a newer one",
         )
     values: dict[str, Any] = json.loads(payload[1:])
-    known = {f.name for f in fields(cls)}
-    if unknown := values.keys() - known:
+    if unknown := values.keys() - _field_names(cls):
         raise MetadataFault(f"{what} has unknown fields {sorted(unknown)}", correction="use a newer blockvirt")
     for name, value in values.items():
         if isinstance(value, list):
