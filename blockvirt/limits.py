@@ -23,9 +23,7 @@ RESERVE_STEP_MAX_BYTES = 64 * MIB  # what a crash may leave reserved for nothing
 PUNCHES_PER_BATCH = 64  # punches between two looks at other work: each stalls its file's writes for up to 8 ms on XFS
 PUNCH_PAUSE_S = 0.02  # between two batches
 DELETE_BATCH_ROWS = 2_000  # rows that one step of a volume's deletion removes: bounds a transaction to a few MiB
-MAX_OPEN_BACKING_FILES = 2_048  # descriptors; the usual hard limit of a process is 4,096 or more
-UNSYNCED_DEVICE_BUDGET_BYTES = 256 * MIB  # inline writes beyond this go to threads: the kernel may throttle them
-BACKGROUND_SYNC_BYTES = 32 * MIB  # start write-back of a file after so much, so that a flush finds little to do
+PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per so much written: 25 us each
 
 # --- journal and checkpoint ----------------------------------------------------------------------------------------
 JOURNAL_FILE_BYTES = 1 * MIB  # two per open, written volume; half of one is about 10,000 single-chunk allocations

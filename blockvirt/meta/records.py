@@ -8,8 +8,7 @@ that turns up under another's key is found out. Map records (leaves) have a bina
 import json
 import struct
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import DamagedRecord, MetadataFault
@@ -175,9 +174,9 @@ def encode(key: bytes, record: Record) -> bytes:
     return seal(key, bytes([RECORD_VERSION]) + body)
 
 
-@cache
-def _field_names(cls: type[Record]) -> frozenset[str]:
-    return frozenset(each.name for each in fields(cls))
+_FIELD_NAMES: dict[type, frozenset[str]] = {
+    kind: frozenset(each.name for each in fields(kind)) for kind in get_args(Record)
+}
 
 
 def decode(cls: type[R], key: bytes, stored: bytes) -> R:
@@ -190,7 +189,7 @@ def decode(cls: type[R], key: bytes, stored: bytes) -> R:
             correction="use the blockvirt version that wrote it, or a newer one",
         )
     values: dict[str, Any] = json.loads(payload[1:])
-    if unknown := values.keys() - _field_names(cls):
+    if unknown := values.keys() - _FIELD_NAMES[cls]:
         raise MetadataFault(f"{what} has unknown fields {sorted(unknown)}", correction="use a newer blockvirt")
     for name, value in values.items():
         if isinstance(value, list):

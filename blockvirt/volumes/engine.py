@@ -15,7 +15,6 @@ from pathlib import Path
 from blockvirt.errors import BlockvirtError, InvalidRequest, MetadataFault
 from blockvirt.ids import new_id
 from blockvirt.limits import (
-    BACKGROUND_SYNC_BYTES,
     CHECKPOINT_AGE_S,
     DEFAULT_CHUNK_BYTES,
     IO_THREADS,
@@ -24,7 +23,10 @@ from blockvirt.limits import (
     MAX_CHUNK_BYTES,
     METADATA_RESERVE_BYTES,
     MIN_CHUNK_BYTES,
+    PRESSURE_STEP_BYTES,
 )
+from blockvirt.meta.copies import naming_newest, remembered_folders
+from blockvirt.meta.datafile import DATA_FILE
 from blockvirt.meta.keys import POOL_KEY, Table
 from blockvirt.meta.records import DeviceRecord, PoolRecord
 from blockvirt.meta.store import Reader, Store
@@ -81,7 +83,7 @@ class Engine:
         async with AsyncExitStack() as stack:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(lock_pool(state_dir).release)
-            store = Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
+            store = _open_store(state_dir, settings)
             stack.callback(store.close)
             pool = pool_record(store, settings)
             threads = IoThreads(IO_THREADS)
@@ -118,6 +120,18 @@ class Engine:
         await self._stack.aclose()
 
 
+def _open_store(state_dir: Path, settings: EngineSettings) -> Store:
+    """Open the metadata, new where there never was any; a fault names the newest intact copy of it."""
+    folders = remembered_folders(state_dir)
+    is_new = not (state_dir / "metadata" / DATA_FILE).exists()
+    try:
+        if is_new and folders:
+            raise MetadataFault(f"the metadata of the pool in {state_dir} is missing", correction="bring it back")
+        return Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
+    except MetadataFault as fault:
+        raise naming_newest(fault, folders) from fault
+
+
 def volume_context(
     settings: EngineSettings, pool: PoolRecord, storage: PoolStorage, store: Store, threads: IoThreads
 ) -> VolumeContext:
@@ -129,7 +143,7 @@ def volume_context(
         storage=storage,
         threads=threads,
         cache=LeafCache(settings.leaf_cache_bytes),
-        pressure=WritePressure(BACKGROUND_SYNC_BYTES),
+        pressure=WritePressure(PRESSURE_STEP_BYTES),
         punches=asyncio.Event(),
         file_chunks=settings.backing_file_bytes // pool.chunk_bytes,
         checkpoint_age_s=settings.checkpoint_age_s,

@@ -1,0 +1,94 @@
+"""A full pool (I10): only writes that need a new chunk fail; everything else works, and space comes back."""
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockvirt.errors import PoolFull
+from blockvirt.meta.keys import Table
+from blockvirt.units import KIB, MIB
+from blockvirt.volumes.engine import EngineSettings
+from blockvirt.volumes.handle import Handle
+from tests.volumes.conftest import Pool, findings, read, write
+
+SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real filesystem of 64 MiB (ext4 on a loop device)."""
+    image, folder = tmp_path / "image", tmp_path / "small"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+async def fill(handle: Handle) -> int:
+    """Write chunk after chunk until the pool refuses; returns how many went in."""
+    for chunk in range(handle.size_bytes // (64 * KIB)):
+        try:
+            await write(handle, chunk * 64 * KIB, bytes([chunk % 251 + 1]) * (64 * KIB))
+        except PoolFull:
+            return chunk
+    raise AssertionError("the pool never got full")
+
+
+async def until_punched(pool: Pool) -> None:
+    while True:
+        with pool.engine.store.read() as reader:
+            if not reader.count(Table.PUNCH):
+                return
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+async def test_a_full_disk_stops_new_chunks_only(tmp_path: Path, small_disk: Path) -> None:
+    pool = Pool(tmp_path, SETTINGS)
+    pool.device = small_disk / "device"
+    await pool.start()
+    handle = await pool.open(volume_id := await pool.volume(256 * MIB))
+    count = await fill(handle)
+    assert count > 300
+    for chunk in (0, count // 2, count - 1):
+        assert await read(handle, chunk * 64 * KIB, 4096) == bytes([chunk % 251 + 1]) * 4096
+    await write(handle, 5 * 64 * KIB + 512, b"overwritten" * 100)
+    await handle.flush()
+    await handle._opened.checkpointer.run()
+    await handle.zero(10 * 64 * KIB + 100, 20 * 64 * KIB, punch=True)
+    await handle.flush()
+    with pytest.raises(PoolFull, match="disk1"):
+        await handle.zero(count * 64 * KIB, 64 * KIB, punch=False)
+    await handle.close()  # checkpoints; then opens again on the full disk
+    handle = await pool.open(volume_id)
+    await until_punched(pool)
+    await write(handle, 5 * 64 * KIB, b"again")
+    for chunk in range(11, 25):  # space came back
+        await write(handle, chunk * 64 * KIB, bytes(65536))
+    assert await read(handle, 5 * 64 * KIB, 5) == b"again"
+    assert not findings(pool)
+    await handle.close()
+    await pool.close()
+
+
+async def test_a_device_limit_is_kept_and_explained(tmp_path: Path) -> None:
+    pool = await Pool(tmp_path, SETTINGS).start()
+    limited = tmp_path / "limited"
+    status = await pool.engine.storage.add(str(limited), "limited", 8 * MIB, 0, {}, create=True)
+    assert status.capacity_bytes == 8 * MIB
+    await pool.engine.storage.remove("disk1")
+    handle = await pool.open(await pool.volume(64 * MIB))
+    assert await fill(handle) == 8 * MIB // (64 * KIB)
+    await handle.zero(0, MIB, punch=True)
+    await handle._opened.checkpointer.run()
+    await until_punched(pool)
+    await write(handle, 32 * MIB, b"x")
+    assert await fill(handle) == 15  # of the 16 chunks that were trimmed one is taken
+    await handle.close()
+    await pool.close()
