@@ -52,8 +52,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # --- run, test ----------------------------------------------------------------------------------------------------------
 
+# Not by the shell's exec, which makes the path absolute: the greeting repeats it as it was called.
 run: venv
-	@exec $(BIN)/blockvirt -s $(STATE) serve $(ARGS)
+	@$(BIN)/blockvirt -s $(STATE) serve $(ARGS)
 
 tools:
 	@tools/install-test-tools

@@ -32,7 +32,7 @@ class Clone(Daemon):
 
     def command(self) -> list[str]:
         """The Makefile's line, and free ports."""
-        line = re.search(r"exec (\$\(BIN\)/blockvirt .*)", (ROOT / "Makefile").read_text())
+        line = re.search(r"@(\$\(BIN\)/blockvirt .*)", (ROOT / "Makefile").read_text())
         assert line is not None
         words = {"$(BIN)": ".venv/bin", "$(STATE)": "var", "$(ARGS)": "--http 127.0.0.1:0 --nbd 127.0.0.1:0"}
         text = line[1]
