@@ -7,7 +7,6 @@ SIGKILL: the time to `/readyz` 200, and to the first byte read over NBD.
 
 import argparse
 import asyncio
-import asyncio
 import http.client
 import json
 import socket
