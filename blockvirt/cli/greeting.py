@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from urllib.parse import quote
 
 from blockvirt import __version__
 from blockvirt.volumes.ports import Endpoints
@@ -14,7 +15,7 @@ def greeting(endpoints: Endpoints, state_dir: str, program: str) -> str:
     http = [f"http://{_host(endpoints.http_host)}:{endpoints.http_port}"] if endpoints.http_host else []
     nbd = [f"nbd://{_host(endpoints.nbd_host)}:{endpoints.nbd_port}"] if endpoints.nbd_host else []
     command = f"{program} -s {shlex.quote(state_dir)}"
-    uri = shlex.quote(f"nbd+unix:///v?socket={endpoints.nbd_socket}")
+    uri = shlex.quote(f"nbd+unix:///v?socket={quote(endpoints.nbd_socket)}")
     return "\n".join(
         [
             f"blockvirt {__version__} is ready.",

@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from blockvirt.cli.client import EXIT_FAILED
 from blockvirt.cli.context import Context, pass_context
-from blockvirt.cli.greeting import greeting, program_name
 from blockvirt.cli.output import Column, output_option, show_one, show_rows
-from blockvirt.volumes.ports import Endpoints
+
+if TYPE_CHECKING:
+    from blockvirt.volumes.ports import Endpoints
 
 FINDINGS = (
     Column("SEVERITY", "severity"),
@@ -64,6 +64,7 @@ def serve(
     reconnect-delay wait for the next start.
     """
     # pydantic and aiohttp take 300 ms; client commands do without.
+    from blockvirt.cli.greeting import greeting, program_name
     from blockvirt.config import load, reference
 
     if print_config:
@@ -84,10 +85,12 @@ def serve(
     )
     program = program_name(sys.argv[0])
 
-    def announce(endpoints: Endpoints) -> None:
+    def announce(endpoints: "Endpoints") -> None:
         print(greeting(endpoints, str(settings.state_dir), program), flush=True)
 
-    import_module("blockvirt.daemon").serve(settings, announce)
+    from blockvirt import daemon
+
+    daemon.serve(settings, announce)
 
 
 def _with_host(address: str | None) -> str | None:
@@ -121,9 +124,9 @@ def check(context: Context, repair: bool, restore_metadata: bool, devices: Seque
       2  corrupt: something that must hold does not
       3  leaks only: space that nothing refers to; --repair removes them
     """
-    report = import_module("blockvirt.check").run(
-        Path(context.state_dir), repair=repair, restore_metadata=restore_metadata, devices=tuple(devices)
-    )
+    from blockvirt.check import run
+
+    report = run(Path(context.state_dir), repair=repair, restore_metadata=restore_metadata, devices=tuple(devices))
     findings = [
         {"severity": each.severity.value, "code": each.code, "what": each.what, "message": each.message}
         for each in report.findings

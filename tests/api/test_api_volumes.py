@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from blockvirt.limits import IDEMPOTENCY_KEY_S
-from blockvirt.meta.keys import Table
+from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.records import BranchRecord
+from blockvirt.meta.store import Writer
 from blockvirt.units import GIB, TIB
 from tests.api.conftest import Api
 
@@ -231,6 +234,23 @@ async def test_a_damaged_volume_is_shown_as_one(api: Api) -> None:
     refused = await api.call("DELETE", "/v1/volumes/a")
     assert (refused.status, refused.json["code"]) == (503, "damaged-record")
     assert "restore-metadata" in refused.json["correction"]
+
+
+async def test_a_stopped_volume_waits_to_be_reopened(api: Api) -> None:
+    volume_id = (await api.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})).json["id"]
+
+    def stop(writer: Writer) -> None:
+        branch = writer.record(BranchRecord, Table.BRANCHES, number_key(1))
+        assert branch is not None
+        writer.put_record(Table.BRANCHES, number_key(1), replace(branch, stopped="fdatasync: EIO"))
+
+    await api.store.commit(stop)
+    shown = (await api.call("GET", "/v1/volumes/v")).json
+    assert (shown["state"], shown["damage"]) == ("stopped", "fdatasync: EIO")
+    assert (await api.call("POST", "/v1/volumes/v/reopen")).status == 409
+    api.open_volumes.stopped.append(volume_id)
+    assert (await api.call("POST", "/v1/volumes/v/reopen")).status == 200
+    assert (await api.call("POST", "/v1/volumes/none/reopen")).status == 404
 
 
 async def test_how_to_attach(api: Api) -> None:
