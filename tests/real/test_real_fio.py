@@ -78,9 +78,9 @@ def test_a_block_zeroed_behind_its_back_is_noticed(server: ServerProcess, tmp_pa
 
 def crash_while_fio_writes(server: ServerProcess, directory: Path, *options: str) -> None:
     """SIGKILL the server a second into fio's writes (by fio's trigger), restart it, and demand every answered write."""
-    # At this rate the 256 MiB take over two seconds, so the trigger comes in the middle of them on any machine.
-    job = (*RANDOM_WRITES, "--size=256M", *options)
-    save = ("--rate_iops=30000", "--do_verify=0", "--verify_state_save=1")
+    # At this rate the 160 MiB take two seconds, so the trigger comes in the middle of them on any machine.
+    job = (*RANDOM_WRITES, "--size=160M", *options)
+    save = ("--rate_iops=20000", "--do_verify=0", "--verify_state_save=1")
     fio(server, directory, *job, *save, "--trigger-timeout=1", f"--trigger=kill -9 {server.pid}")
     server.reap()
     server.start()
