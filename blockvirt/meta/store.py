@@ -56,26 +56,27 @@ class StoreStats:
 class _ReadScope:
     """``with store.read() as reader``: begins a read transaction and ends it."""
 
-    __slots__ = ("_store", "_transaction")
+    __slots__ = ("_reader", "_store")
 
     def __init__(self, store: "Store") -> None:
         self._store = store
-        self._transaction: Any = None
+        self._reader: Reader | None = None
 
     def __enter__(self) -> Reader:
         store = self._store
         store._enter_read()
         try:
-            self._transaction = store._env.begin()
+            self._reader = Reader(store._env.begin(), store._tables)
         except BaseException as error:
             store._leave_read()
             raise store._translate(error) from error
-        return Reader(self._transaction, store._tables)
+        return self._reader
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._transaction.abort()
+        assert self._reader is not None, "only what was entered is left"
+        self._reader.end()
         self._store._leave_read()
         if isinstance(error, lmdb.Error):
             raise self._store._translate(error) from error

@@ -20,6 +20,15 @@ class Reader:
         self._transaction = transaction
         self._tables = tables
 
+    def end(self) -> None:
+        """End the snapshot and let go of its transaction; nothing may be read afterwards.
+
+        py-lmdb gives a reader's slot back only when the transaction object goes, and there are 126 slots: a coroutine
+        that still has the Reader in a variable while it waits must not hold one.
+        """
+        transaction, self._transaction = self._transaction, None
+        transaction.abort()
+
     def get(self, table: Table, key: bytes) -> bytes | None:
         """Return the stored value, or None."""
         value: bytes | None = self._transaction.get(key, db=self._tables[table])

@@ -95,6 +95,12 @@ async def test_many_at_once_under_one_name_make_one_volume(control: Control) -> 
     assert control.reload().promised_bytes == GIB
 
 
+async def test_more_requests_wait_than_lmdb_has_readers(control: Control) -> None:
+    """A request that read and now waits for its commit holds no reader's slot: there are 126 of them."""
+    made = await asyncio.gather(*(control.catalogue.create(NewVolume(512, placement_labels={})) for _ in range(300)))
+    assert len({each.volume.id for each in made}) == 300
+
+
 async def test_two_cannot_both_get_the_last_bytes(control: Control) -> None:
     control.space.capacity_bytes = GIB  # x 10 may be promised
     made = await asyncio.gather(
