@@ -23,7 +23,7 @@ from blockvirt.volumes.allowance import Allowance, allowance, check_grant
 from blockvirt.volumes.ports import OpenVolumes, PoolSpace
 from blockvirt.volumes.requests import NewVolume, VolumeChange, check_labels, check_placement, round_size
 from blockvirt.volumes.transactions import Overtaken, check_revision, flag_deleted, insert, locate, pool_record, update
-from blockvirt.volumes.views import READ_BATCH, DeviceShare, Volume, read_shares, read_volume
+from blockvirt.volumes.views import READ_BATCH, DeviceShare, Volume, carries_labels, read_shares, read_volume
 
 log = logging.getLogger("blockvirt.catalogue")
 
@@ -134,10 +134,9 @@ class Catalogue:
                 for name, volume_id in batch:
                     if len(found) == limit:
                         return Page(tuple(found), after)
-                    volume = read_volume(reader, volume_id, name, self._chunk_bytes, self._open)
                     after = name
-                    if not labels or labels.items() <= volume.labels.items():
-                        found.append(volume)
+                    if not labels or carries_labels(reader, volume_id, labels):
+                        found.append(read_volume(reader, volume_id, name, self._chunk_bytes, self._open))
             if len(batch) < READ_BATCH:
                 return Page(tuple(found), None)
             await sleep(0)

@@ -4,6 +4,7 @@ Read with a ``Reader`` of the metadata store: a few microseconds per record, so 
 ``READ_BATCH`` volumes before it lets others run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blockvirt.errors import DamagedRecord
@@ -12,7 +13,7 @@ from blockvirt.meta.records import BranchRecord, DeviceRecord, FileRecord, HostR
 from blockvirt.meta.store import Reader
 from blockvirt.volumes.ports import OpenVolumes
 
-READ_BATCH = 50  # volumes; about 3 ms of decoding on a slow core
+READ_BATCH = 25  # volumes; about 1 ms of decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,15 @@ def read_volume(reader: Reader, volume_id: str, name: str, chunk_bytes: int, ope
         return view(reader, record, chunk_bytes, open_volumes)
     except DamagedRecord as error:
         return damaged_view(volume_id, name, chunk_bytes, error.message)
+
+
+def carries_labels(reader: Reader, volume_id: str, labels: Mapping[str, str]) -> bool:
+    """Tell whether a volume carries all of ``labels``; a damaged one carries none that can be known."""
+    try:
+        record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+    except DamagedRecord:
+        return False
+    return record is not None and labels.items() <= record.labels.items()
 
 
 def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: OpenVolumes) -> Volume:
