@@ -10,7 +10,6 @@ from tests.guest import initramfs
 from tests.guest.kernel import Kernel, debian_kernel
 from tests.guest.machine import Guest
 from tests.real.conftest import control, server
-from tests.real.requirements import require_tools
 
 __all__ = ["boot", "control", "guest_software", "server"]
 
@@ -20,7 +19,6 @@ Boot = Callable[..., Guest]
 @pytest.fixture(scope="session")
 def guest_software(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kernel, Path]:
     """The kernel and the initramfs to boot."""
-    require_tools("qemu-system-x86_64", "busybox", "cpio", "mkfs.ext4", "e2fsck", "nbd-client")
     kernel = debian_kernel()
     return kernel, initramfs.build(kernel, tmp_path_factory.mktemp("guest"))
 

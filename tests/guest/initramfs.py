@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tests.guest.kernel import Kernel
 from tests.real.clients import run
-from tests.real.requirements import tool
 
 TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "nbd-client")
 
@@ -41,9 +40,9 @@ def build(kernel: Kernel, directory: Path) -> Path:
     tree = directory / "initramfs"
     for name in ("bin", "modules"):
         (tree / name).mkdir(parents=True)
-    shutil.copy(tool("busybox"), tree / "bin" / "busybox")
+    shutil.copy(_found("busybox"), tree / "bin" / "busybox")
     for name in TOOLS:
-        _copy_program(Path(tool(name)), tree)
+        _copy_program(_found(name), tree)
     for module in kernel.modules:
         shutil.copyfile(module, tree / "modules" / module.name)
     (tree / "modules" / "order").write_text("\n".join(module.name for module in kernel.modules))
@@ -54,7 +53,7 @@ def build(kernel: Kernel, directory: Path) -> Path:
     names = "".join(f"{path.relative_to(tree)}\n" for path in sorted(tree.rglob("*")))
     with image.open("wb") as stream:
         subprocess.run(
-            [tool("cpio"), "-o", "-H", "newc", "--quiet", "--owner=+0:+0"],
+            ["cpio", "-o", "-H", "newc", "--quiet", "--owner=+0:+0"],
             cwd=tree,
             input=names.encode(),
             stdout=stream,
@@ -62,6 +61,12 @@ def build(kernel: Kernel, directory: Path) -> Path:
             timeout=60,
         )
     return image
+
+
+def _found(program: str) -> Path:
+    path = shutil.which(program)
+    assert path is not None, f"{program}: the test's `requires` mark should have seen that it is missing"
+    return Path(path)
 
 
 def _copy_program(program: Path, tree: Path) -> None:

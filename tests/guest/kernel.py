@@ -8,8 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.real.clients import run
-from tests.real.requirements import require_tools, unavailable
 
 # What the guest loads. ext4 finds crc32c by name at mount time, which modprobe cannot know.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4", "nbd")
@@ -43,7 +44,6 @@ def _load(directory: Path) -> Kernel:
 
 
 def _fetch(cache: Path) -> Path:
-    require_tools("apt-get", "dpkg-deb", "depmod", "modprobe")
     package = _package_name()
     cache.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed, so that a run that is interrupted leaves no half of a kernel behind.
@@ -67,8 +67,7 @@ def _package_name() -> str:
     shown = subprocess.run(["apt-cache", "depends", "linux-image-amd64"], capture_output=True, text=True, timeout=60)
     found = re.search(r"Depends: (linux-image-\S+)", shown.stdout)
     if found is None:
-        unavailable("Debian's package lists do not know linux-image-amd64: run apt-get update")
-        raise AssertionError("unavailable() does not return")
+        pytest.skip("Debian's package lists do not know linux-image-amd64: run apt-get update")
     return found.group(1)
 
 

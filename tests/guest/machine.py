@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Self
 
 from tests.guest.kernel import Kernel
-from tests.real.requirements import tool
 
 BOOT_DEADLINE_S = 60.0
 COMMAND_DEADLINE_S = 60.0
@@ -73,7 +72,7 @@ class Guest:
         self._directory = directory
         self._console = directory / "console"
         self._sequence = 0
-        fixed = [tool("qemu-system-x86_64"), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        fixed = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         fixed += ["-machine", "q35", "-accel", ACCELERATOR, "-cpu", "max", "-m", str(MEMORY_MIB)]
         fixed += ["-kernel", str(kernel.image), "-initrd", str(initramfs)]
         fixed += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]

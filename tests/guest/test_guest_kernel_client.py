@@ -3,10 +3,16 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.guest.conftest import Boot
 from tests.real.clients import run
 from tests.real.conftest import GIB
 from tests.real.process import ServerProcess
+
+pytestmark = pytest.mark.requires(
+    "qemu-system-x86_64", "busybox", "cpio", "depmod", "modprobe", "mkfs.ext4", "e2fsck", "nbd-client", "nbdcopy"
+)
 
 SERVER_IN_GUEST = ("10.0.2.100", 10809)
 FILES = 20

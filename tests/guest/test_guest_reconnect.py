@@ -13,6 +13,10 @@ from tests.real.conftest import GIB
 from tests.real.peers import LyingQemuNbd
 from tests.real.process import ServerProcess
 
+pytestmark = pytest.mark.requires(
+    "qemu-system-x86_64", "busybox", "cpio", "depmod", "modprobe", "mkfs.ext4", "e2fsck", "nbd-client", "nbdcopy"
+)
+
 KILLS = 6
 FILES_BETWEEN_KILLS = 12
 RECONNECT_S = 60

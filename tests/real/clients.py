@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.real.process import ServerProcess
-from tests.real.requirements import tool
 
 CLIENT_DEADLINE_S = 90.0
 
@@ -19,7 +18,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Run a tool; its standard output. Raises ClientFailed with all of its output when it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        [tool(words[0]), *words[1:]],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,7 +44,7 @@ def running(*command: str | Path, cwd: Path | None = None) -> Iterator[subproces
     """A tool that runs during the block, its output in a pipe; it is killed if it still runs at the end."""
     words = [str(word) for word in command]
     with subprocess.Popen(
-        [tool(words[0]), *words[1:]],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,7 +94,7 @@ def loop_device(server: ServerProcess, directory: Path) -> Iterator[Path]:
                 run("losetup", "--detach", device)
         finally:
             # Lazily: after a failure something may still hold it, and nbdfuse must end in any case.
-            subprocess.run([tool("fusermount3"), "-u", "-z", str(mountpoint)], check=False)
+            subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], check=False)
             nbdfuse.wait(30)
 
 

@@ -12,15 +12,12 @@ import pytest
 from tests.real.clients import ClientFailed, qemu_io, run
 from tests.real.conftest import GIB
 from tests.real.process import ServerProcess
-from tests.real.requirements import require_tools, tool
 
 KIB = 1 << 10
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def _tools() -> None:
-    require_tools("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+pytestmark = pytest.mark.requires("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
 
 
 def sparse_image(path: Path, seed: int) -> int:
@@ -182,7 +179,7 @@ class OpenQemuIo:
 
     def __init__(self, server: ServerProcess) -> None:
         self._process = subprocess.Popen(
-            [tool("qemu-io"), "-f", "raw", server.uri],
+            ["qemu-io", "-f", "raw", server.uri],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,6 @@ import pytest
 
 from tests.real.clients import loop_device, mounted, run
 from tests.real.process import ServerProcess
-from tests.real.requirements import require_loop_mounts, require_tools
 
 MIB = 1 << 20
 FILES = 24
@@ -46,12 +45,12 @@ MAKE = {"xfs": ("mkfs.xfs", "-q", "-f"), "ext4": ("mkfs.ext4", "-q", "-F")}
 PROVE = {"xfs": ("xfs_repair", "-n"), "ext4": ("e2fsck", "-f", "-n")}
 
 
+@pytest.mark.requires("loop", "fuse", "nbdfuse", "fusermount3", "fstrim")
+@pytest.mark.requires("mkfs.xfs", "xfs_repair", "mkfs.ext4", "e2fsck")
 @pytest.mark.parametrize("kind", ["xfs", "ext4"])
 def test_a_filesystem_keeps_its_files_through_remount_trim_and_crash(
     server: ServerProcess, tmp_path: Path, kind: str
 ) -> None:
-    require_loop_mounts()
-    require_tools("nbdfuse", "fstrim", MAKE[kind][0], PROVE[kind][0])
     mountpoint = tmp_path / "mnt"
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -13,7 +13,6 @@ import pytest
 from tests.real.clients import FIO_VERIFY, ClientFailed, fio, qemu_io, run
 from tests.real.peers import ForgetfulQemuNbd, LyingQemuNbd
 from tests.real.process import ServerProcess
-from tests.real.requirements import require_tools
 
 MIB = 1 << 20
 
@@ -22,9 +21,7 @@ RANDOM_WRITES = ("--name=v", *MANY_IN_FLIGHT, "--size=64M", "--verify=crc32c", *
 VERIFY_ONLY = ("--verify_only=1", "--verify_state_load=1")
 
 
-@pytest.fixture(autouse=True)
-def _tools() -> None:
-    require_tools("fio", "nbdcopy", "qemu-io")
+pytestmark = pytest.mark.requires("fio", "nbdcopy", "qemu-io", "qemu-nbd")
 
 
 def test_pipelined_random_writes(server: ServerProcess, tmp_path: Path) -> None:

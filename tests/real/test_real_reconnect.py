@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.real.clients import FIO_VERIFY, running
 from tests.real.process import ServerProcess
-from tests.real.requirements import require_loop_mounts, require_tools
 
 KILLS = 3
 MIB = 1 << 20
@@ -33,9 +34,8 @@ def fuse_file(server: ServerProcess, directory: Path) -> Iterator[Path]:
             storage_daemon.wait(60)
 
 
+@pytest.mark.requires("fio", "qemu-storage-daemon", "fuse", "root")
 def test_fio_through_a_reconnecting_client_survives_kills(server: ServerProcess, tmp_path: Path) -> None:
-    require_tools("fio", "qemu-storage-daemon")
-    require_loop_mounts()
     with fuse_file(server, tmp_path) as path:
         options = ["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bsrange=512-64k", "--blockalign=512"]
         options += ["--size=128M", "--fdatasync=64", "--verify=crc32c", "--do_verify=1"]
