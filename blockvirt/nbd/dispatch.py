@@ -8,6 +8,7 @@ from blockvirt.device import VolumeHandle
 from blockvirt.errors import BlockvirtError, ShuttingDown
 from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
+from blockvirt.nbd.buffers import SMALL_BYTES
 from blockvirt.nbd.incoming import Incoming
 from blockvirt.nbd.messages import REQUEST
 from blockvirt.nbd.outgoing import Outgoing, Part
@@ -189,14 +190,19 @@ class Dispatcher:
             if self._out:
                 self.backlog = True  # send first: that empties the arena
                 return _Step.STOP
+            if self._slow.full:  # asked before the arena is opened: _make_room gives that back, and would go in circles
+                return self._make_room()
             if length > len(outgoing.arena):
                 return _Step.AGAIN if outgoing.open_arena(length) else self._make_room()
-        if not outgoing.used:
-            outgoing.rest()  # the volume cannot answer at once, and a slow read has a buffer of its own
-        started = self._slow.start_read(cookie, offset, length)
-        if not outgoing.used:
+        if self._slow.full:
+            return self._make_room()
+        if not outgoing.used and outgoing.charged and length > SMALL_BYTES:
+            # The volume cannot answer at once: the task takes the arena along. To give it back and take another would
+            # let two connections wait for each other in turns, for ever.
+            self._slow.start_read(cookie, offset, length, outgoing.detach_arena())
             outgoing.open_arena()
-        return self._started(started, _HEADER_BYTES)
+            return self._started(True, _HEADER_BYTES)
+        return self._started(self._slow.start_copied_read(cookie, offset, length), _HEADER_BYTES)
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> _Step:
         incoming, slow = self._incoming, self._slow
@@ -211,7 +217,7 @@ class Dispatcher:
         if buffer is not None:
             slow.start_write(cookie, offset, data, buffer, fua=fua)
             return _Step.NEXT
-        return self._started(slow.start_small_write(cookie, offset, data, fua=fua), need)
+        return self._started(slow.start_copied_write(cookie, offset, data, fua=fua), need)
 
     def _started(self, started: bool, consumed_bytes: int) -> _Step:
         if not started:

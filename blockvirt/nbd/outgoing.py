@@ -87,6 +87,14 @@ class Outgoing:
             self._pool.give(arena)
             self._budget.give(arena.charge_bytes)
 
+    def detach_arena(self) -> Buffer:
+        """Give the empty arena away, charge and all."""
+        assert self._arena is not None
+        assert not self.used
+        given, self._arena = self._arena, None
+        self.arena = _NOTHING
+        return given
+
     def rest(self) -> None:
         """Give the arena back, if nothing of it is still to be sent."""
         if not self.pending:

@@ -38,7 +38,7 @@ class ReplySink(Protocol):
 
 
 class SlowLane:
-    """The slow requests of one session. ``start_*`` return False when there is no room now: try after ``slow_done``."""
+    """The slow requests of one session. A ``start_*`` that returns False has no room now: try after ``slow_done``."""
 
     def __init__(
         self,
@@ -66,11 +66,16 @@ class SlowLane:
         self.count = 0
         """How many are in flight."""
 
-    def start_read(self, cookie: int, offset: int, length: int) -> bool:
-        """Read into a buffer of its own."""
+    def start_copied_read(self, cookie: int, offset: int, length: int) -> bool:
+        """Read into a buffer of the request's own."""
         if self.full or not self._budget.take(charge_for_slow(length)):
             return False
-        buffer = self._pool.take_for_slow(length)
+        self.start_read(cookie, offset, length, self._pool.take_for_slow(length))
+        return True
+
+    def start_read(self, cookie: int, offset: int, length: int, buffer: Buffer) -> None:
+        """Read into ``buffer``, which is given back when the reply was sent."""
+        assert not self.full
 
         async def work() -> Sequence[Part]:
             into = buffer.view[:length]
@@ -78,14 +83,13 @@ class SlowLane:
             return self._replies.data(cookie, offset, length), into
 
         self._start(c.CMD_READ, cookie, work, buffer)
-        return True
 
     @property
     def full(self) -> bool:
         """Whether as many are in flight as may be."""
         return self.count >= self._most
 
-    def start_small_write(self, cookie: int, offset: int, data: memoryview, *, fua: bool) -> bool:
+    def start_copied_write(self, cookie: int, offset: int, data: memoryview, *, fua: bool) -> bool:
         """Write a copy of ``data``, which is a part of the receive buffer."""
         if self.full or not self._budget.take(charge_for_slow(len(data))):
             return False

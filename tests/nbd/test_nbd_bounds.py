@@ -1,0 +1,197 @@
+"""Clients that do not read, that send half, or that all come at once: memory stays bounded and others are served."""
+
+import asyncio
+import random
+
+import pytest
+
+from blockvirt.nbd import constants as c
+from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES
+from blockvirt.nbd.client import NbdClient
+from blockvirt.nbd.messages import REQUEST
+from blockvirt.nbd.session import Session
+from blockvirt.nbd.shared import SharedResources
+from blockvirt.units import KIB, MIB
+from tests.nbd.conftest import PATIENCE_S, Bench
+
+
+def sessions(bench: Bench) -> list[Session]:
+    return [one.session for one in bench.server._connections.values() if one.session is not None]
+
+
+async def until_starved(session: Session) -> None:
+    """Return when the session has stopped reading requests."""
+    async with asyncio.timeout(PATIENCE_S):
+        while session._may_read():  # noqa: ASYNC110 - the loop must run, and nothing announces it
+            await asyncio.sleep(0)
+
+
+def read_request(cookie: int, length: int, offset: int = 0) -> bytes:
+    return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, offset, length)
+
+
+@pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
+async def test_a_client_that_never_reads_replies_costs_little(bench: Bench, shared: SharedResources, now: bool) -> None:
+    """3000 reads of 1 MiB: no more of them are started than the budget allows."""
+    bench.disk.now = now
+    shared.limits.connection_budget_bytes = 8 * MIB
+    client = await bench.enter()
+    client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send_raw(b"".join(read_request(1000 + n, MIB) for n in range(3000)))
+    (session,) = sessions(bench)
+    await until_starved(session)
+    for _ in range(200):  # whatever else wants to happen may happen
+        await asyncio.sleep(0)
+        assert shared.budget.used_bytes <= 8 * MIB
+        assert session._outgoing.pending_bytes <= 8 * MIB
+        assert session.in_flight <= 8
+    assert session.traffic.requests[c.CMD_READ] < 20
+    neighbour = await bench.enter()
+    assert await neighbour.read(0, MIB) == bytes(MIB)
+    bench.server.drop(bench.server.sessions()[0].id)
+
+
+async def test_a_slow_reader_is_dropped(bench: Bench, shared: SharedResources) -> None:
+    shared.limits.slow_reader_s = 0.05
+    client = await bench.enter()
+    client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send_raw(b"".join(read_request(1000 + n, MIB) for n in range(10)))
+    await bench.session_ended()
+    assert bench.server.stats().stalled_clients_dropped_total == 1
+
+
+async def test_a_reader_that_gets_on_is_not_dropped(bench: Bench, shared: SharedResources) -> None:
+    """It takes longer than the limit in all, but never so long for one step."""
+    shared.limits.slow_reader_s = 0.3
+    client = await bench.enter()
+    transport = client._writer.transport
+    reads = [client.start(c.CMD_READ, 0, MIB) for _ in range(10)]
+    for read in reads:
+        transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.06)
+        transport.resume_reading()  # type: ignore[attr-defined]
+        assert len((await read).data) == MIB
+
+
+async def test_half_a_large_write_does_not_hold_its_buffer_for_ever(bench: Bench, shared: SharedResources) -> None:
+    shared.limits.slow_reader_s = 0.05
+    client = await bench.enter()
+    client.send_raw(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, 1, 0, 8 * MIB) + bytes(MIB))
+    await bench.session_ended()
+    assert bench.server.stats().stalled_clients_dropped_total == 1
+    assert not bench.disk.calls
+
+
+async def test_half_a_small_write_may_wait(bench: Bench, shared: SharedResources) -> None:
+    shared.limits.slow_reader_s = 0.02
+    client = await bench.enter()
+    write = client.start(c.CMD_WRITE, 0, 4096, b"x" * 1000)
+    await asyncio.sleep(0.2)
+    client.send_raw(b"y" * 3096)
+    assert not (await write).error
+    assert bytes(bench.disk.data[:4096]) == b"x" * 1000 + b"y" * 3096
+
+
+@pytest.mark.parametrize("length", [512, MIB])
+async def test_slow_requests_are_bounded_in_number(bench: Bench, shared: SharedResources, length: int) -> None:
+    shared.limits.inflight_requests = 5
+    bench.disk.now = False
+    gate = bench.disk.block("read")
+    client = await bench.enter()
+    reads = [client.start(c.CMD_READ, n * 512, length) for n in range(50)]
+    await gate.arrivals(5)
+    (session,) = sessions(bench)
+    await until_starved(session)
+    assert session.in_flight == 5
+    gate.let_go()
+    assert [len((await read).data) for read in reads] == [length] * 50
+
+
+@pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
+async def test_everybody_gets_through_a_tiny_budget(bench: Bench, shared: SharedResources, now: bool) -> None:
+    """Six clients with requests of all sizes share a budget that holds hardly more than one: nobody waits for ever."""
+    bench.disk.now = now
+    shared.budget.limit_bytes = SIZES_BYTES[-1]
+    shared.limits.connection_budget_bytes = 5 * MIB
+    clients = [await bench.enter(structured=bool(n % 2)) for n in range(6)]
+
+    async def traffic(number: int, client: NbdClient) -> None:
+        chance, base = random.Random(number), number * 10 * MIB
+        for _round in range(4):
+            offset = base + chance.randrange(MIB)
+            length = chance.choice([512, 64 * KIB, 200 * KIB, MIB, 5 * MIB])
+            data = chance.randbytes(length)
+            reads = [client.start(c.CMD_READ, base + MIB, chance.choice([512, MIB, 3 * MIB])) for _ in range(4)]
+            await client.write(offset, data)
+            reads.append(client.start(c.CMD_READ, offset, length))
+            for read in reads[:-1]:
+                assert not (await read).error
+            assert (await reads[-1]).data == data
+        await client.disconnect()
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for number, client in enumerate(clients):
+            group.create_task(traffic(number, client))
+
+
+async def test_the_largest_requests_pass_one_after_the_other(bench: Bench, shared: SharedResources) -> None:
+    """Pipelined reads and writes of 32 MiB on one connection, with the default budgets."""
+    bench.disk.now = False
+    client = await bench.enter()
+    payload = b"\xa5" * (32 * MIB)
+    requests = [
+        client.start(c.CMD_READ, 0, 32 * MIB),
+        client.start(c.CMD_WRITE, 0, 32 * MIB, payload),
+        client.start(c.CMD_READ, 32 * MIB, 32 * MIB),
+        client.start(c.CMD_WRITE, 32 * MIB, 32 * MIB, payload),
+        client.start(c.CMD_READ, 0, 32 * MIB),
+    ]
+    async with asyncio.timeout(PATIENCE_S):
+        assert [(await request).error for request in requests] == [0] * 5
+    assert bench.disk.data.count(0xA5) == 64 * MIB
+
+
+async def test_idle_connections_hold_no_buffers(bench: Bench, shared: SharedResources) -> None:
+    """1,000 of them after some traffic each: counted in bytes of buffers, which is what could grow."""
+    clients = [await bench.enter(structured=False) for _ in range(1000)]
+    for number, client in enumerate(clients):
+        await client.write(number * 512, bytes(512))
+        assert len(await client.read(0, 64 * KIB)) == 64 * KIB
+    await clients[0].write(0, bytes(8 * MIB))
+    async with asyncio.timeout(PATIENCE_S):
+        while shared.pool.lent:  # noqa: ASYNC110 - the last session rests when its turn ends
+            await asyncio.sleep(0)
+    assert len(bench.server.sessions()) == 1000
+    assert sum(session.held_bytes for session in sessions(bench)) == 0
+    assert shared.budget.used_bytes == 0
+    assert shared.pool.kept_bytes < 40 * MIB
+    shared.pool.trim()
+    shared.pool.trim()
+    assert shared.pool.kept_bytes == 0
+
+
+async def test_a_partial_request_is_parked_small(bench: Bench, shared: SharedResources) -> None:
+    client = await bench.enter()
+    write = client.start(c.CMD_WRITE, 0, 64 * KIB, bytes(1000))
+    (session,) = sessions(bench)
+    async with asyncio.timeout(PATIENCE_S):
+        while session.held_bytes != 1028:  # noqa: ASYNC110 - nothing announces that a session rests
+            await asyncio.sleep(0)
+    assert shared.pool.lent == 0
+    client.send_raw(bytes(64 * KIB - 1000))
+    assert not (await write).error
+
+
+async def test_a_busy_neighbour_leaves_turns_to_others(bench: Bench, shared: SharedResources) -> None:
+    """However much one client pipelines, a batch ends; the other's request is served after at most a few of them."""
+    shared.limits.batch_requests = 8
+    greedy, modest = await bench.enter(), await bench.enter()
+    flood = [greedy.start(c.CMD_READ, 0, 512) for _ in range(5000)]
+    await modest.read(0, 512)
+    assert sum(read.done() for read in flood) < 5000
+    for read in flood:
+        assert not (await read).error
+
+
+def test_the_small_buffer_holds_what_its_name_promises() -> None:
+    assert SMALL_BYTES // (4096 + REQUEST.size) == 31
