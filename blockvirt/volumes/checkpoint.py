@@ -57,7 +57,7 @@ class Checkpointer:
     async def run(self) -> None:
         """Run a checkpoint, or join the one that runs; raises VolumeStopped."""
         if self._running is None or self._running.done():
-            self._running = self._volume.tasks.start(self._checkpoint(), "checkpoint")
+            self._running = self._volume.tasks.start(self._checkpoint(), "checkpoint", awaited=True)
         await asyncio.shield(self._running)
 
     async def _checkpoint(self) -> None:

@@ -27,7 +27,7 @@ class Flusher:
         volume.check()
         assert not volume.unsettled()
         if self._next is None:
-            self._next = volume.tasks.start(self._round(), "flush")
+            self._next = volume.tasks.start(self._round(), "flush", awaited=True)
         # Shielded: others wait for the same round.
         await asyncio.shield(self._next)
 

@@ -71,7 +71,7 @@ class VolumeRegistry:
 
     async def _close(self, handle: Handle) -> None:
         # In a task of its own: the session that closes may be cancelled, the checkpoint must not be.
-        await asyncio.shield(self._tasks.start(self._let_go(handle), "close"))
+        await asyncio.shield(self._tasks.start(self._let_go(handle), "close", awaited=True))
 
     async def _let_go(self, handle: Handle) -> None:
         volume_id = handle.volume_id

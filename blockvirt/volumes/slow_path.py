@@ -57,7 +57,7 @@ class SlowPath:
         """Run ``work`` in a thread, as an operation that punches must wait for, even if the caller is cancelled."""
         volume = self._volume
         number = volume.inflight.enter()
-        task = volume.tasks.start(self._finish(work, number), "io")
+        task = volume.tasks.start(self._finish(work, number), "io", awaited=True)
         await asyncio.shield(task)
 
     async def _finish(self, work: Callable[[], None], number: int) -> None:

@@ -1,0 +1,112 @@
+"""I7: after one failed sync or commit nothing more is acknowledged, until an administrator reopens the volume."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from blockvirt.errors import InUse, VolumeStopped
+from blockvirt.meta.keys import Table
+from tests.volumes.conftest import Pool, abandon, findings, read, write
+
+SIZE = 64 * 4096
+
+
+class FailingSyncs:
+    """os.fdatasync that fails in one folder, and counts what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+        self.asked = 0
+        self._folder = folder
+        self._real = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", self._sync)
+
+    def _sync(self, fd: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{fd}")).parent.name == self._folder:
+            self.asked += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._real(fd)
+
+
+@pytest.mark.parametrize("folder", ["files", "journal"])
+async def test_a_failed_sync_stops_the_volume_for_good(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    volume_id = await pool.volume(SIZE, "v")
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"flushed!" * 512)
+    await handle.flush()
+    await write(handle, 4096, b"not" * 1000)
+    with monkeypatch.context() as patched:
+        failing = FailingSyncs(patched, folder)
+        with pytest.raises(VolumeStopped):
+            await handle.flush()
+        asked = failing.asked
+        assert asked == 1
+        for attempt in (
+            lambda: handle.flush(),
+            lambda: write(handle, 0, b"x"),
+            lambda: read(handle, 0, 1),
+            lambda: handle.zero(0, 4096, punch=True),
+            lambda: handle.extents(0, 4096),
+        ):
+            with pytest.raises(VolumeStopped, match="stopped"):
+                await attempt()
+        await handle.close()
+        assert failing.asked == asked, "a failed sync must never be tried again"
+    with pytest.raises(VolumeStopped, match="v has stopped"):
+        await pool.open(volume_id)
+    await pool.close()
+    await pool.start()  # a restart does not make it forget
+    with pytest.raises(VolumeStopped):
+        await pool.open(volume_id)
+    await pool.engine.registry.reopen(volume_id)
+    handle = await pool.open(volume_id)
+    content = await read(handle, 0, 8192)
+    assert content[:4096] == b"flushed!" * 512
+    if folder == "files":  # where the mark could not be synced, what it speaks for may be there or not
+        assert content[4096:] == bytes(4096)
+    await handle.close()
+    assert not findings(pool)
+
+
+async def test_the_note_in_the_journal_outlives_a_kill(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume_id = await pool.volume(SIZE, "v")
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"lost" * 1024)
+    with monkeypatch.context() as patched:
+        FailingSyncs(patched, "files")
+        with pytest.raises(VolumeStopped):
+            await handle.flush()
+    await abandon(pool, power_cut=False)  # before the metadata could note anything
+    await pool.start()
+    with pytest.raises(VolumeStopped):
+        await pool.open(volume_id)
+    await pool.engine.registry.reopen(volume_id)
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 4096) == bytes(4096)
+    await handle.close()
+
+
+async def test_a_failed_commit_stops_every_open_volume(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await pool.open(await pool.volume(SIZE, "first"))
+    second = await pool.open(await pool.volume(SIZE, "second"))
+    await write(first, 0, b"a" * 4096)
+    await write(second, 0, b"b" * 4096)
+    pool.engine.store._fail(RuntimeError("planted"))
+    for handle in (first, second):
+        with pytest.raises(VolumeStopped):
+            await handle.flush()
+        with pytest.raises(VolumeStopped):
+            await write(handle, 0, b"c")
+        await handle.close()
+
+
+async def test_a_volume_that_works_is_not_reopened(pool: Pool) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE, "v"))
+    with pytest.raises(InUse):
+        await pool.engine.registry.reopen(volume_id)
+    await handle.close()
+    with pool.engine.store.read() as reader:
+        assert not reader.count(Table.LEAVES)
