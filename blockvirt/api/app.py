@@ -45,8 +45,9 @@ def build(services: Services) -> web.Application:
         reason = services.not_ready()
         if not reason:
             return _json(models.Health(status="ok"))
-        status = "stopping" if reason.startswith("stopping") else "starting"
-        return _json(models.Health(status=status, reason=reason), 503)
+        word = reason.partition(":")[0]
+        status = word if word in ("starting", "stopping") else "failed"
+        return _json(models.Health.model_validate({"status": status, "reason": reason}), 503)
 
     async def metrics(request: web.Request) -> web.StreamResponse:
         render = services.metrics()

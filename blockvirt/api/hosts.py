@@ -7,6 +7,7 @@ from blockvirt.api.operations import Call, Operations, Reply, etag
 from blockvirt.api.paging import page_after, page_token
 from blockvirt.lun.attach import attach_info
 from blockvirt.lun.presentation import READ_BATCH
+from blockvirt.volumes.requests import check_labels
 
 operations = Operations("hosts")
 
@@ -14,6 +15,7 @@ operations = Operations("hosts")
 @operations.add("POST", "/v1/hosts", {201: models.Host, 200: models.Host}, errors=(409,), idempotent=True)
 async def create_host(call: Call, body: models.HostCreate) -> Reply:
     """Create a host; the same request again answers 200 with the host that is there."""
+    check_labels(body.labels)
     host, created = await call.services.presentation.create_host(body.name, body.labels)
     headers = etag(host.revision) | {"Location": f"/v1/hosts/{host.id}"}
     return Reply(answers.host(host, call.services.endpoints()), 201 if created else 200, headers)

@@ -320,7 +320,7 @@ class SessionsDropped(_Answer):
 class Health(_Answer):
     """Whether the daemon lives, or is ready to serve."""
 
-    status: Literal["ok", "starting", "stopping"]
+    status: Literal["ok", "starting", "stopping", "failed"]
     reason: str | None = None
 
 

@@ -3,6 +3,7 @@
 from blockvirt.api import answers, models
 from blockvirt.api.operations import Call, Operations, Reply
 from blockvirt.errors import InvalidRequest
+from blockvirt.volumes.requests import check_labels
 
 operations = Operations("pool")
 
@@ -71,6 +72,7 @@ async def list_devices(call: Call) -> Reply:
 @operations.add("POST", "/v1/devices", {201: models.Device}, errors=(409, 503), idempotent=True)
 async def add_device(call: Call, body: models.DeviceCreate) -> Reply:
     """Take a directory into the pool as a device: it gets a label file, and volumes may be placed on it."""
+    check_labels(body.labels)
     device = await call.services.devices.add(body.path, body.name, body.limit, body.reserve or 0, body.labels)
     return Reply(answers.device(device), 201, {"Location": f"/v1/devices/{device.name}"})
 

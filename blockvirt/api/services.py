@@ -22,6 +22,6 @@ class Services:
     endpoints: Callable[[], Endpoints]
     """Where the daemon listens; asked on each request, because ports are known late."""
     not_ready: Callable[[], str]
-    """Why the daemon does not serve: 'starting' or 'stopping' first; empty when it does."""
+    """Why the daemon does not serve: 'starting', 'stopping' ('...: more'), else what has failed; empty when it does."""
     metrics: Callable[[], Callable[[], bytes]]
     """Takes the figures on the event loop; what it returns makes text of them and runs in a thread."""

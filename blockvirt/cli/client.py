@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from blockvirt import __version__
 from blockvirt.errors import BlockvirtError, InvalidRequest
 
+_BYTES = "surrogateescape"  # words of the command line that are not UTF-8 travel as the bytes they are
 REQUEST_S = 120.0  # deleting with force waits for sessions to end
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_FOUND, EXIT_CONFLICT, EXIT_NO_SPACE = 1, 2, 3, 4, 5, 6
@@ -78,7 +79,7 @@ class Client:
         self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the daemon's JSON answer; raises Refused for a problem document and Unreachable for none."""
-        target = path + (f"?{urlencode(query, doseq=True)}" if query else "")
+        target = path + (f"?{urlencode(query, doseq=True, errors=_BYTES)}" if query else "")
         headers = {"User-Agent": f"blockvirt/{__version__}"}
         data = None
         if body is not None:
@@ -132,4 +133,4 @@ class Client:
 
 def segment(text: str) -> str:
     """Return a name for a place in a path."""
-    return quote(text, safe="")
+    return quote(text, safe="", errors=_BYTES)

@@ -140,6 +140,8 @@ async def test_health_and_metrics(api: Api) -> None:
     assert (waiting.status, waiting.json["status"]) == (503, "starting")
     api.not_ready[0] = "stopping"
     assert (await api.call("GET", "/readyz")).json["status"] == "stopping"
+    api.not_ready[0] = "metadata: the store has failed"
+    assert (await api.call("GET", "/readyz")).json == {"status": "failed", "reason": api.not_ready[0]}
     metrics = await api.call("GET", "/metrics")
     assert metrics.raw == b"blockvirt_up 1\n"
     assert metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4")

@@ -23,6 +23,14 @@ async def test_a_host_sees_units(api: Api) -> None:
     assert info["nbd_uris"] == unit.json["nbd_uris"]
 
 
+async def test_labels_are_bounded_everywhere(api: Api) -> None:
+    many = {f"k{number}": "" for number in range(65)}
+    for path, body in (("/v1/hosts", {"name": "h"}), ("/v1/devices", {"path": "/x"}), ("/v1/volumes", {"size": 512})):
+        assert (await api.call("POST", path, body | {"labels": many})).json["code"] == "limit-reached"
+        assert (await api.call("POST", path, body | {"labels": {"": "x"}})).status == 422
+        assert (await api.call("POST", path, body | {"labels": {"a": "b"}})).status == 201
+
+
 async def test_what_a_mapping_may_not_do_over_http(api: Api) -> None:
     await api.call("POST", "/v1/hosts", {"name": "web1"})
     for name in ("v", "w"):

@@ -136,6 +136,9 @@ async def test_failures_say_what_why_and_what_to_do(blockvirt: Command, served: 
     assert json.loads(full.err)["details"]["would_fit_bytes"] == 1000 * GIB
     assert (await blockvirt("volume", "show", "none")).code == 4
     assert (await blockvirt("volume", "show", "a/../../pool")).code == 4
+    assert (await blockvirt("volume", "show", "\udcff")).code == 4
+    assert (await blockvirt("volume", "list", "--label", "a=\udcff")).code == 0
+    assert (await blockvirt("volume", "create", "\udcff", "--size", "1GiB")).code == 1
     await served.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})
     assert (await blockvirt("volume", "create", "v", "--size", "2GiB")).code == 5
     assert (await blockvirt("volume", "create", "--size")).code == 2
