@@ -34,7 +34,6 @@ class PoolRecord:
     """Used / capacity at which health turns to "near"."""
     brake_ratio: float = 0.90
     """Used / capacity at which no new volume is created and none grown."""
-    clean_shutdown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
