@@ -95,9 +95,13 @@ class NbdClient:
     @classmethod
     async def _greeted(cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> "NbdClient":
         client = cls(reader, writer)
-        magic, options, _flags = GREETING.unpack(await client._exactly(GREETING.size))
-        if (magic, options) != (c.INIT_MAGIC, c.OPTION_MAGIC):
-            raise NbdClientError(f"no newstyle NBD server: {magic:#x} {options:#x}")
+        try:
+            magic, options, _flags = GREETING.unpack(await client._exactly(GREETING.size))
+            if (magic, options) != (c.INIT_MAGIC, c.OPTION_MAGIC):
+                raise NbdClientError(f"no newstyle NBD server: {magic:#x} {options:#x}")
+        except BaseException:
+            await client.close()
+            raise
         writer.write(CLIENT_FLAGS.pack(c.CLIENT_FIXED_NEWSTYLE | c.CLIENT_NO_ZEROES))
         return client
 
@@ -202,7 +206,10 @@ class NbdClient:
         self, command: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0
     ) -> Reply:
         future = self.start(command, offset, length, payload, flags)
-        await self._writer.drain()
+        try:
+            await self._writer.drain()
+        except OSError:  # the connection is gone: the future says so, unless the reply came before
+            pass
         reply = await future
         if reply.error:
             raise RequestFailed(reply.error, reply.text)
@@ -243,6 +250,7 @@ class NbdClient:
             for future, _length in self._waiting.values():
                 if not future.done():
                     future.set_exception(error)
+                    future.exception()  # nobody has to ask
             self._waiting.clear()
 
     async def _receive_reply(self) -> None:
