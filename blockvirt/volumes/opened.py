@@ -35,7 +35,7 @@ class OpenVolume:
         volume = self.volume
         if volume.failure is None:
             try:
-                await self.checkpointer.run()
+                await self.checkpointer.run_all()
                 async with self.flusher.syncing:
                     await sync_data(volume)
             except BlockvirtError as error:
@@ -50,7 +50,7 @@ class OpenVolume:
             volume.age_timer.cancel()
         await volume.inflight.drained()
         await volume.tasks.wait()
-        if volume.failure is not None:
+        if isinstance(volume.failure, VolumeStopped):
             await self._note_stop(volume.failure)
         await volume.files.close(give_back=volume.failure is None)
         journal = volume.journal

@@ -118,7 +118,7 @@ class VolumeRegistry:
         async with slot.lock:
             opened, slot.opened = slot.opened, None
             if opened is not None:
-                opened.volume.stop("it is being deleted", InUse("deleted"))
+                opened.volume.failure = BeingDeleted(f"volume {opened.volume.record.name} is being deleted")
                 await opened.abandon(keep_journal=True)
             slot.handles.clear()
 

@@ -52,7 +52,8 @@ class Volume:
         self.stats = VolumeStats()
         self.freed: list[int] = []
         """Addresses that lost their last entry since the last freeze: punched after the next commit."""
-        self.failure: VolumeStopped | None = None
+        self.failure: BlockvirtError | None = None
+        """Why nothing is answered any more: VolumeStopped (I7), or the volume is being deleted."""
         self.checkpoint_due = asyncio.Event()
         """Set when the journal, the dirty leaves or the age of a change ask for a checkpoint."""
         self.age_timer: asyncio.TimerHandle | None = None
@@ -240,7 +241,7 @@ class Volume:
         if self.failure is not None:
             raise self.failure
 
-    def stop(self, what: str, error: BaseException) -> VolumeStopped:
+    def stop(self, what: str, error: BaseException) -> BlockvirtError:
         """Acknowledge nothing more of this volume (I7): a failed sync or commit is never retried.
 
         Leaves word in the journal, so that recovery trusts nothing but durable marks. Returns the error to raise.

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blockvirt.meta.keys import Table
+from blockvirt.meta.store import Store, Writer
 from tests.volumes.conftest import Pool, abandon, findings, read, write
 
 BLOCK = 1024
@@ -136,4 +138,34 @@ async def test_trimmed_space_goes_back_to_the_filesystem(pool: Pool) -> None:
         await asyncio.sleep(0.01)
     assert file.stat().st_blocks * 512 < full * 512 - SIZE * 9 // 10
     assert pool.engine.storage.status().used_bytes == 0
+    assert not findings(pool, leaks=True)
+
+
+async def test_closing_covers_what_was_written_while_a_checkpoint_ran(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096)
+    committing, go_on = asyncio.Event(), asyncio.Event()
+    store = pool.engine.store
+    commit = type(store).commit
+
+    async def slow_commit(self: Store, change: Callable[[Writer], object]) -> object:
+        committing.set()
+        await go_on.wait()
+        return await commit(self, change)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "commit", slow_commit)
+        running = asyncio.ensure_future(handle._opened.checkpointer.run())
+        await committing.wait()
+        await write(handle, 8192, b"b" * 4096)
+        closing = asyncio.ensure_future(handle.close())
+        await asyncio.sleep(0)
+        go_on.set()
+        await running
+        await closing
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 12288) == b"a" * 4096 + bytes(4096) + b"b" * 4096
+    await handle.close()
     assert not findings(pool, leaks=True)
