@@ -150,6 +150,11 @@ def status(context: Context, output: str) -> int:
         return EXIT_FAILED
     pool: dict[str, Any] = context.client.call("GET", "/v1/pool")
     problems = [f"device {device['name']}: {device['problem']}" for device in pool["devices"] if "problem" in device]
+    problems += [
+        f"volume {volume['name']} is {volume['state']}: {volume['damage']}"
+        for volume in context.client.pages("/v1/volumes", "volumes")
+        if volume["state"] in ("stopped", "damaged")
+    ]
     if pool["level"] != "ok":
         problems.append(f"the pool is at level '{pool['level']}': add a device, delete or trim volumes")
     pool |= {

@@ -59,6 +59,13 @@ async def test_bodies_that_are_refused(api: Api, data: bytes, status: int) -> No
     assert (await api.call("GET", "/v1/volumes")).json == {"volumes": []}
 
 
+async def test_depth_is_refused_before_anything_parses_it(api: Api) -> None:
+    for depth, refused in ((API_MAX_JSON_DEPTH - 1, False), (API_MAX_JSON_DEPTH, True)):
+        data = b'{"size": 1, "labels": ' + b"[" * depth + b"]" * depth + b"}"
+        answer = await api.call("POST", "/v1/volumes", data=data, headers=JSON)
+        assert ("nests deeper" in answer.json["detail"]) == refused
+
+
 async def test_wrong_fields_are_pointed_at(api: Api) -> None:
     refused = await api.call("POST", "/v1/volumes", {"size": 1, "labels": {"a/b": 1}, "colour": "red"})
     assert {error["pointer"] for error in refused.json["errors"]} == {"/labels/a~1b", "/colour"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from blockvirt.api import idempotency
 from blockvirt.limits import IDEMPOTENCY_KEY_S
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord
@@ -180,6 +181,15 @@ async def test_an_idempotency_key_repeats_the_answer(api: Api) -> None:
     api.clock.now_s += IDEMPOTENCY_KEY_S + 1
     late = await api.call("POST", "/v1/volumes", {"size": GIB}, headers=key)
     assert late.json["id"] != first.json["id"]
+
+
+async def test_a_volume_and_its_kept_answer_are_one_transaction(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash between the two would make a second volume when the request comes again."""
+    monkeypatch.setattr(idempotency, "MAX_IDEMPOTENCY_KEYS", 0)
+    refused = await api.call("POST", "/v1/volumes", {"size": GIB}, headers={"Idempotency-Key": "five"})
+    assert (refused.status, refused.json["code"]) == (409, "limit-reached")
+    assert api.services.catalogue.count() == 0
+    assert api.services.catalogue.promised_bytes == 0
 
 
 async def test_a_failure_is_not_kept_under_its_key(api: Api) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.meta.keys import Table, number_key
 from blockvirt.units import GIB
 from blockvirt.volumes.requests import NewVolume
 from tests.api.conftest import Api
@@ -118,6 +119,12 @@ async def test_status(blockvirt: Command, served: Api) -> None:
     well = await blockvirt("status")
     assert well.code == 0
     assert well.out.startswith("daemon    ready\nlevel     ok\n")
+    await served.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})
+    await served.store.commit(lambda writer: writer.put(Table.BRANCHES, number_key(1), b"damaged"))
+    damaged = await blockvirt("status")
+    assert damaged.code == 1
+    assert "volume v is damaged" in damaged.out
+    await served.store.commit(lambda writer: writer.delete(Table.VOLUME_NAMES, b"v"))
     served.space.level = "near"
     near = await blockvirt("status", "-o", "json")
     assert (near.code, near.json["level"]) == (1, "near")

@@ -207,6 +207,25 @@ async def test_delete_is_refused_while_somebody_uses_it(control: Control) -> Non
     assert control.presentation.exports() == ()
 
 
+async def test_what_came_in_between_is_seen_by_the_transaction(control: Control) -> None:
+    """A delete that was decided before a mapping or a change was committed does not go over it."""
+    first, second = [(await control.catalogue.create(NewVolume(GIB, name=name))).volume for name in ("a", "b")]
+    await control.presentation.create_host("web1", {})
+    outcomes = await asyncio.gather(
+        control.presentation.map("web1", first.id), control.catalogue.delete("a"), return_exceptions=True
+    )
+    assert isinstance(outcomes[1], InUse), outcomes
+    assert control.catalogue.get("a").units == ("web1/lun0",)
+    changes = await asyncio.gather(
+        control.catalogue.change("b", VolumeChange(labels={"a": "b"})),
+        control.catalogue.delete("b", expected_revision=second.revision),
+        return_exceptions=True,
+    )
+    assert isinstance(changes[1], PreconditionFailed), changes
+    assert control.catalogue.get("b").labels == {"a": "b"}
+    assert control.catalogue.promised_bytes == 2 * GIB
+
+
 async def test_pages_are_stable_while_volumes_come_and_go(control: Control) -> None:
     names = [f"v{number:03}" for number in range(120)]
     for name in names:
