@@ -189,7 +189,7 @@ class Session:
             if not dispatch.backlog and not self._receive():
                 if self._over:
                     return
-                if looks > 0:
+                if looks > 0 and perf_counter() < deadline:
                     looks -= 1
                     continue
                 self._rest(may_spin)
