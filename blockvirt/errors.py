@@ -173,3 +173,9 @@ class OperationPending(BlockvirtError):
     """The same request, under the same Idempotency-Key, is still running."""
 
     code, nbd_errno, http_status, retryable = "operation-pending", errno.EBUSY, 409, True
+
+
+class Overloaded(BlockvirtError):
+    """More HTTP requests at once than ``limits.API_MAX_REQUESTS``."""
+
+    code, nbd_errno, http_status, retryable = "overloaded", errno.EBUSY, 503, True

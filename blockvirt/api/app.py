@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from pydantic import BaseModel
 
 from blockvirt import __version__
@@ -15,7 +16,8 @@ from blockvirt.api.openapi import document
 from blockvirt.api.operations import Call, Operation, Reply, arguments_of, expected_revision
 from blockvirt.api.problems import REQUEST_ID, Handler, answer_problems
 from blockvirt.api.services import Services
-from blockvirt.limits import API_MAX_BODY_BYTES
+from blockvirt.errors import Overloaded
+from blockvirt.limits import API_MAX_BODY_BYTES, API_MAX_REQUESTS
 from blockvirt.meta.records import IdempotencyRecord
 
 __all__ = ["Services", "build"]
@@ -30,7 +32,9 @@ RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def build(services: Services) -> web.Application:
     """Return the application over ``services``; ``api.server`` listens for it."""
-    app = web.Application(middlewares=[answer_problems, _refuse_foreign], client_max_size=API_MAX_BODY_BYTES)
+    app = web.Application(
+        middlewares=[answer_problems, _bound_requests(), _refuse_foreign], client_max_size=API_MAX_BODY_BYTES
+    )
     for operation in OPERATIONS:
         app.router.add_route(operation.method, operation.path, _route(operation, services))
     openapi = json.dumps(document(OPERATIONS, __version__)).encode()
@@ -59,6 +63,24 @@ def build(services: Services) -> web.Application:
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     return app
+
+
+def _bound_requests() -> Middleware:
+    """Return a middleware that lets only so many requests run at once."""
+    running = 0
+
+    @web.middleware
+    async def bound(request: web.Request, handler: Handler) -> web.StreamResponse:
+        nonlocal running
+        if running >= API_MAX_REQUESTS:
+            raise Overloaded(f"{running} requests are running already", correction="ask again in a second")
+        running += 1
+        try:
+            return await handler(request)
+        finally:
+            running -= 1
+
+    return bound
 
 
 @web.middleware

@@ -16,6 +16,7 @@ from blockvirt.errors import (
     MethodNotAllowed,
     NotFound,
     OperationPending,
+    Overloaded,
 )
 from blockvirt.limits import API_MAX_BODY_BYTES
 
@@ -90,7 +91,7 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         )
     if error.http_status >= 500:
         log.warning("request %s: %s %s: %s", request_id, request.method, request.path, error.message)
-    if isinstance(error, OperationPending):
+    if isinstance(error, OperationPending | Overloaded):
         headers["Retry-After"] = str(RETRY_AFTER_S)
     document = problem_of(error, request.path, request_id)
     return web.Response(

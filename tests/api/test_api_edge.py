@@ -1,5 +1,6 @@
 """The edge: what is refused before a handler runs, what every error looks like, where the server listens."""
 
+import asyncio
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import pytest
 from aiohttp import web
 from openapi_spec_validator import validate
 
+from blockvirt.api import app
 from blockvirt.api.app import OPERATIONS
 from blockvirt.api.guards import json_depth
 from blockvirt.api.openapi import document
@@ -126,6 +128,27 @@ async def test_what_is_not_there(api: Api) -> None:
         answer = await api.call("GET", f"/v1/volumes/{name}")
         assert answer.status == 404, name
         check_problem(answer)
+
+
+async def test_too_many_at_once_are_sent_away(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "API_MAX_REQUESTS", 1)
+    held = asyncio.Event()
+    entered = asyncio.Event()
+
+    async def slow(path: str, *rest: object) -> None:
+        entered.set()
+        await held.wait()
+        raise InUse("done")
+
+    monkeypatch.setattr(api.services.devices, "add", slow)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(api.call("POST", "/v1/devices", {"path": "/x"}))
+        await entered.wait()
+        refused = await api.call("GET", "/v1/volumes")
+        held.set()
+    assert (refused.status, refused.json["code"], refused.headers["Retry-After"]) == (503, "overloaded", "1")
+    assert first.result().status == 409
+    assert (await api.call("GET", "/v1/volumes")).status == 200
 
 
 async def test_our_mistakes_are_problems_too(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
