@@ -349,7 +349,7 @@ def _check_growth(current: VolumeRecord, size_bytes: int) -> None:
 def _obstacles(volume: Volume) -> tuple[str, ...]:
     obstacles = [f"it is mapped as {unit}" for unit in volume.units]
     if volume.sessions:
-        obstacles.append(f"{volume.sessions} session{'s' if volume.sessions > 1 else ''} use it")
+        obstacles.append("1 session uses it" if volume.sessions == 1 else f"{volume.sessions} sessions use it")
     return tuple(obstacles)
 
 

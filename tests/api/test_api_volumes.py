@@ -125,7 +125,7 @@ async def test_delete_says_what_goes(api: Api) -> None:
     volume = (await api.call("POST", "/v1/volumes", {"size": GIB, "name": "v"})).json
     api.sessions.add("v", volume["id"])
     dry = await api.call("DELETE", "/v1/volumes/v?dry_run=true")
-    assert (dry.json["deleted"], dry.json["obstacles"]) == (False, ["1 session use it"])
+    assert (dry.json["deleted"], dry.json["obstacles"]) == (False, ["1 session uses it"])
     refused = await api.call("DELETE", "/v1/volumes/v")
     assert (refused.status, refused.json["code"]) == (409, "in-use")
     gone = await api.call("DELETE", "/v1/volumes/v?force=true")
