@@ -87,7 +87,7 @@ class DeviceCreate(_Request):
     path: str = Field(min_length=1, max_length=4096, description="An absolute path on the daemon's machine.")
     name: str | None = Field(None, description="Made from the path where it is missing.")
     limit: Size | None = Field(None, description="Use at most so much of its filesystem.")
-    reserve: Size | None = Field(None, description="Leave so much of its filesystem free.")
+    reserve: Size | None = Field(None, description="Leave so much of its filesystem free; by default 1 %.")
     labels: Labels = Field(default_factory=dict)
 
 

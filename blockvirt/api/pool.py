@@ -73,7 +73,7 @@ async def list_devices(call: Call) -> Reply:
 async def add_device(call: Call, body: models.DeviceCreate) -> Reply:
     """Take a directory into the pool as a device: it gets a label file, and volumes may be placed on it."""
     check_labels(body.labels)
-    device = await call.services.devices.add(body.path, body.name, body.limit, body.reserve or 0, body.labels)
+    device = await call.services.devices.add(body.path, body.name, body.limit, body.reserve, body.labels)
     return Reply(answers.device(device), 201, {"Location": f"/v1/devices/{device.name}"})
 
 

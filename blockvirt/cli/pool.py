@@ -49,7 +49,7 @@ def device_group() -> None:
 @click.argument("directory", type=click.Path(file_okay=False))
 @click.option("--name", help="By default made from the directory.")
 @click.option("--limit", help="Use at most so much of its filesystem.")
-@click.option("--reserve", help="Leave so much of its filesystem free.")
+@click.option("--reserve", help="Leave so much of its filesystem free; by default 1 %, 16MiB to 1GiB.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="For placement; may be repeated.")
 @output_option
 @pass_context

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from blockvirt.limits import DEVICE_RESERVE_MAX_BYTES, DEVICE_RESERVE_MIN_BYTES
+
 
 class Level(Enum):
     """How full the pool is. Each level includes what the ones before it mean."""
@@ -60,6 +62,15 @@ class PoolTotals:
     used_bytes: int
     reserved_bytes: int
     free_bytes: int
+
+
+def default_reserve_bytes(total_bytes: int) -> int:
+    """Return what is left free on a filesystem of ``total_bytes`` unless somebody says otherwise.
+
+    Journals, copies of the metadata and whatever else lives there must find room when the pool is full (I10).
+    """
+    share = min(max(total_bytes // 100, DEVICE_RESERVE_MIN_BYTES), DEVICE_RESERVE_MAX_BYTES)
+    return min(share, total_bytes // 8)
 
 
 def device_space(figures: DeviceFigures) -> DeviceSpace:

@@ -188,5 +188,5 @@ async def _add_devices(storage: PoolStorage, members: Sequence[DeviceRecord], pa
         if path.resolve() in known:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        status = await storage.add(str(path), None, None, 0, {}, create=True)
+        status = await storage.add(str(path), None, None, None, {}, create=True)
         log.info("device %s is now part of the pool: %s", status.name, status.path)

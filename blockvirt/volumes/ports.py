@@ -121,10 +121,13 @@ class DeviceAdmin(Protocol):
         path: str,
         name: str | None,
         limit_bytes: int | None,
-        reserve_bytes: int,
+        reserve_bytes: int | None,
         labels: Mapping[str, str],
     ) -> DeviceStatus:
-        """Label a directory and take it into the pool; raises DeviceFault, Exists, LimitReached, InvalidRequest."""
+        """Label a directory and take it into the pool; ``reserve_bytes`` None: a share of the disk.
+
+        Raises DeviceFault, Exists, LimitReached, InvalidRequest.
+        """
 
     def list(self) -> Sequence[DeviceStatus]:
         """Return all devices of the pool, usable or not."""

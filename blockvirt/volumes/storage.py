@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, InUse, NotFound, PoolFull
@@ -16,10 +17,17 @@ from blockvirt.limits import RESERVE_STEP_MIN_BYTES
 from blockvirt.meta.keys import POOL_KEY, Table, split_pair
 from blockvirt.meta.records import DeviceRecord, FileRecord, PoolRecord, VolumeRecord, unseal
 from blockvirt.meta.store import Store, Writer
-from blockvirt.pool.devices import Device, DeviceProblem
+from blockvirt.pool.devices import Device, DeviceProblem, FilesystemSpace, space_at
 from blockvirt.pool.membership import add_device, check_removable, erase_device
 from blockvirt.pool.placement import Candidate, Policy, choose
-from blockvirt.pool.space import DeviceFigures, DeviceSpace, device_space, level, pool_totals
+from blockvirt.pool.space import (
+    DeviceFigures,
+    DeviceSpace,
+    default_reserve_bytes,
+    device_space,
+    level,
+    pool_totals,
+)
 from blockvirt.units import format_size
 from blockvirt.volumes.context import IoThreads
 from blockvirt.volumes.ports import DeviceStatus, PoolStatus
@@ -237,7 +245,7 @@ class PoolStorage:
         path: str,
         name: str | None,
         limit_bytes: int | None,
-        reserve_bytes: int,
+        reserve_bytes: int | None,
         labels: Mapping[str, str],
         *,
         create: bool = False,
@@ -247,6 +255,9 @@ class PoolStorage:
         members += [problem.record for problem in self._problems.values()]
         name = name if name is not None else _free_name({member.name for member in members})
         check_name(name, what="device")
+        if reserve_bytes is None:
+            total_bytes = (await self._threads.run(partial(_space_of_parent, Path(path), name))).total_bytes
+            reserve_bytes = default_reserve_bytes(total_bytes)
         wanted = DeviceRecord(new_id(), name, path, self._clock(), limit_bytes, reserve_bytes, dict(labels))
         device = await self._threads.run(lambda: add_device(wanted, self._pool.id, members, create=create))
         record = device.record
@@ -318,6 +329,11 @@ def _in_use(device: Device, space: DeviceSpace) -> DeviceStatus:
         labels=record.labels,
         problem="; ".join(device.warnings),
     )
+
+
+def _space_of_parent(path: Path, name: str) -> FilesystemSpace:
+    """Return the space of the filesystem that a directory, perhaps still to be made, is on."""
+    return space_at(path if path.exists() else path.parent, name)
 
 
 def _free_name(taken: set[str]) -> str:

@@ -171,10 +171,11 @@ class Devices:
     space: Space
 
     async def add(
-        self, path: str, name: str | None, limit_bytes: int | None, reserve_bytes: int, labels: Mapping[str, str]
+        self, path: str, name: str | None, limit_bytes: int | None, reserve_bytes: int | None, labels: Mapping[str, str]
     ) -> DeviceStatus:
         """Store a record."""
-        record = DeviceRecord(new_id(), name or Path(path).name, path, 1.0, limit_bytes, reserve_bytes, dict(labels))
+        name = name or Path(path).name
+        record = DeviceRecord(new_id(), name, path, 1.0, limit_bytes, reserve_bytes or 0, dict(labels))
         if any(device.name == record.name for device in self.list()):
             raise Exists(f"there is a device {record.name!r} already", correction="choose another name")
         await self.store.commit(lambda writer: writer.put_record(Table.DEVICES, record.id.encode(), record))

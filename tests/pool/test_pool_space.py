@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockvirt.pool.space import DeviceFigures, Level, PoolTotals, device_space, level, pool_totals
+from blockvirt.pool.space import (
+    DeviceFigures,
+    Level,
+    PoolTotals,
+    default_reserve_bytes,
+    device_space,
+    level,
+    pool_totals,
+)
+from blockvirt.units import GIB, MIB, TIB
 
 PLAIN = DeviceFigures("a", 1, free_bytes=1000, used_bytes=200, ahead_bytes=50)
 
@@ -76,3 +85,10 @@ def test_the_pool_never_offers_more_than_there_is(devices: list[DeviceFigures]) 
 def test_levels(used_bytes: int, free_bytes: int, metadata_ok: bool, expected: Level) -> None:
     totals = PoolTotals(used_bytes + free_bytes, used_bytes, 0, free_bytes)
     assert level(totals, near_ratio=0.8, brake_ratio=0.9, least_bytes=10, metadata_ok=metadata_ok) is expected
+
+
+def test_the_default_reserve_is_a_hundredth_within_bounds() -> None:
+    assert default_reserve_bytes(TIB) == GIB
+    assert default_reserve_bytes(10 * GIB) == 10 * GIB // 100
+    assert default_reserve_bytes(GIB) == 16 * MIB
+    assert default_reserve_bytes(64 * MIB) == 8 * MIB
