@@ -8,7 +8,7 @@ import pytest
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES
 from blockvirt.nbd.client import NbdClient
-from blockvirt.nbd.messages import REQUEST
+from blockvirt.nbd.messages import OPTION, OPTION_REPLY, REQUEST, pack_info_request
 from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.units import KIB, MIB
@@ -61,16 +61,16 @@ async def test_a_slow_reader_is_dropped(bench: Bench, shared: SharedResources) -
 
 
 async def test_a_reader_that_gets_on_is_not_dropped(bench: Bench, shared: SharedResources) -> None:
-    """It takes longer than the limit in all, but never so long for one step."""
-    shared.limits.slow_reader_s = 0.3
-    client = await bench.enter()
-    transport = client._writer.transport
-    reads = [client.start(c.CMD_READ, 0, MIB) for _ in range(10)]
-    for read in reads:
-        transport.pause_reading()  # type: ignore[attr-defined]
-        await asyncio.sleep(0.06)
-        transport.resume_reading()  # type: ignore[attr-defined]
-        assert len((await read).data) == MIB
+    """One reply takes longer than the limit in all, but no step of it does."""
+    shared.limits.slow_reader_s = 0.4
+    connection = await bench.raw()
+    info = pack_info_request("v", ())
+    connection.send(OPTION.pack(c.OPTION_MAGIC, c.OPT_GO, len(info)) + info + read_request(1, 32 * MIB))
+    await connection.exactly(3 * OPTION_REPLY.size + 12 + 14 + 16)
+    for _ in range(16):
+        await asyncio.sleep(0.05)
+        assert await connection.exactly(2 * MIB) == bytes(2 * MIB)
+    await connection.close()
 
 
 async def test_half_a_large_write_does_not_hold_its_buffer_for_ever(bench: Bench, shared: SharedResources) -> None:
@@ -182,15 +182,32 @@ async def test_a_partial_request_is_parked_small(bench: Bench, shared: SharedRes
     assert not (await write).error
 
 
-async def test_a_busy_neighbour_leaves_turns_to_others(bench: Bench, shared: SharedResources) -> None:
-    """However much one client pipelines, a batch ends; the other's request is served after at most a few of them."""
+async def test_a_busy_neighbour_leaves_turns_to_others(
+    bench: Bench, shared: SharedResources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much one client pipelines, a turn ends after its batch, and others' turns lie between."""
     shared.limits.batch_requests = 8
+    shared.limits.batch_s = 1e9
+    turns: list[tuple[Session, int]] = []
+    turn = Session._turn
+
+    def counted(session: Session) -> None:
+        before = sum(session.traffic.requests)
+        turn(session)
+        turns.append((session, sum(session.traffic.requests) - before))
+
+    monkeypatch.setattr(Session, "_turn", counted)
     greedy, modest = await bench.enter(), await bench.enter()
+    one, other = sessions(bench)
     flood = [greedy.start(c.CMD_READ, 0, 512) for _ in range(5000)]
-    await modest.read(0, 512)
-    assert sum(read.done() for read in flood) < 5000
+    for _ in range(20):
+        await modest.read(0, 512)
     for read in flood:
         assert not (await read).error
+    assert max(served for _session, served in turns) == 8
+    between = [session for session, _served in turns]
+    last_of_other = len(between) - 1 - between[::-1].index(other)
+    assert one in between[last_of_other:], "the modest client had to wait until the flood was over"
 
 
 def test_the_small_buffer_holds_what_its_name_promises() -> None:
