@@ -87,7 +87,7 @@ def test_one_damaged_record_costs_one_volume(daemon: Daemon) -> None:
     done = subprocess.run(["nbdinfo", uri(daemon)], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     listed = json.loads(daemon.cli("volume", "list", "-o", "json"))
-    states = {volume["name"]: volume["state"] for volume in listed["volumes"]}
+    states = {volume["name"]: volume["state"] for volume in listed}
     assert states == {"other": "available", "v": "damaged"}
     daemon.stop()
 
