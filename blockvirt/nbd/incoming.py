@@ -123,18 +123,13 @@ class Incoming:
             self._budget.give(buffer.charge_bytes)
 
     def detach(self, request_bytes: int) -> Buffer | None:
-        """Give away the buffer with the complete request at ``low``, charge and all; None if it is small: copy it.
-
-        What follows the request moves to a new buffer and stands at its beginning.
-        """
-        assert self._buffer is not None
+        """Give away the buffer with the complete request at ``low``, charge and all; None if it is small: copy it."""
         if request_bytes <= SMALL_BYTES:
             return None
-        given = self._buffer
-        self._parked = bytes(self.view[self.low + request_bytes : self.high])
+        given, self._buffer = self._buffer, None
+        assert given is not None
         assert given.charge_bytes, "a large request in a small buffer"
-        assert len(self._parked) <= SMALL_BYTES, "a charged buffer received more than its request"
-        self._buffer = None
+        assert self.high - self.low == request_bytes, "a charged buffer received more than its request"
         self._restore()
         return given
 

@@ -60,6 +60,8 @@ class MemoryDisk:
         self.unsettled_handles = 0
         """How many handles let the loop run, or answered, with unsettled writes: always 0 with a correct caller."""
         self.open_handles = 0
+        self.most_asked = 0
+        """The longest range that ``extents`` was asked about."""
 
     def block(self, verb: str) -> Gate:
         """Hold every further call of an async ``verb`` (read, write, zero, flush, extents) at the returned gate."""
@@ -183,6 +185,7 @@ class MemoryVolume:
         """Describe the range block by block, neighbours merged."""
         await self._enter("extents")
         disk, end = self._disk, offset + length
+        disk.most_asked = max(disk.most_asked, length)
         found: list[Extent] = []
         while offset < end:
             number = offset // disk.block_bytes

@@ -198,7 +198,7 @@ async def test_stop_does_not_wait_for_ever(bench: Bench) -> None:
     assert bench.server.stats().connections == 0
 
 
-async def test_an_export_opened_while_the_server_stops_is_closed_again(bench: Bench) -> None:
+async def test_no_export_is_opened_while_the_server_stops(bench: Bench) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
     inner = bench.exports.describe
 
@@ -216,7 +216,29 @@ async def test_an_export_opened_while_the_server_stops_is_closed_again(bench: Be
     await asyncio.sleep(0)
     answer.set()
     await stopping
+    assert bench.exports.handles == []
+
+
+async def test_an_export_opened_for_a_client_that_is_gone_is_closed_again(bench: Bench) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+    inner = bench.exports.open
+
+    async def open_later(name: str, session: str) -> object:
+        asked.set()
+        await answer.wait()
+        return await inner(name, session)
+
+    bench.exports.open = open_later  # type: ignore[method-assign, assignment]
+    client = await bench.connect()
+    info = pack_info_request("v", ())
+    client.send_raw(OPTION.pack(c.OPTION_MAGIC, c.OPT_GO, len(info)) + info)
+    await asked.wait()
+    client.abort()
+    answer.set()
+    await bench.session_ended()
+    assert len(bench.exports.handles) == 1
     assert bench.disk.open_handles == 0
+    assert bench.server.stats().handshakes_failed_total == 1
 
 
 async def test_a_directory_that_fails_is_an_answer(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
