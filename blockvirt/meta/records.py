@@ -167,6 +167,11 @@ def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
     return payload
 
 
+def punch_count(key: bytes, stored: bytes) -> int:
+    """Return how many chunks a row of the punch table frees; raises DamagedRecord."""
+    return int.from_bytes(unseal(key, stored, what="a punch row"), "little")
+
+
 def encode(key: bytes, record: Record) -> bytes:
     """Return the stored form of a catalogue record under ``key``."""
     body = json.dumps(asdict(record), separators=(",", ":"), sort_keys=True).encode()

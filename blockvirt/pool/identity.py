@@ -5,6 +5,7 @@ the inode of ``/sys/fs/<type>/<block device>`` tells the second: it changes with
 with a new mount namespace, which a hardened systemd unit gets at every start.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -26,8 +27,12 @@ class PageCacheIdentity:
     """Inode of the filesystem's node in sysfs; 0 for a filesystem that has none (tmpfs, overlay, NFS)."""
 
     def to_text(self) -> str:
-        """Return it as JSON, for a journal's header."""
+        """Return it as JSON."""
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits of it: a journal's header holds one for each device of the volume."""
+        return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
 
 
 def parse_identity(text: str) -> PageCacheIdentity | None:

@@ -19,6 +19,9 @@ T = TypeVar("T")
 class Storage(Protocol):
     """The pool's devices and their space, as the data plane sees them. Figures are kept on the event loop."""
 
+    counting: asyncio.Lock
+    """Held from a commit that drops punch rows until its figures are changed: whoever counts anew takes it."""
+
     def path_of(self, device_id: str) -> Path:
         """Return the directory of a device; raises DeviceFault where it cannot be used now."""
 
@@ -36,6 +39,9 @@ class Storage(Protocol):
 
     def mapped(self, device_id: str, file: int, change_chunks: int) -> None:
         """Note that chunks of a backing file came into use, or were given back to the filesystem."""
+
+    def recounted(self, device_id: str, file: int, chunks: int) -> None:
+        """Note how many chunks of a backing file are in use, whatever was noted before."""
 
     def removed(self, device_id: str, file: int) -> None:
         """Note that a backing file is gone."""

@@ -154,13 +154,13 @@ class Journal:
 
     def admit_device(self, device_id: str, identity: str) -> None:
         """Write a further device's page-cache identity into the headers, before a file on it is used. Blocks."""
-        self.header = JournalHeader(
-            self.header.pool_id, self.header.branch, self.header.identities | {device_id: identity}
-        )
-        block = pack_header(self.header)
+        header = JournalHeader(self.header.pool_id, self.header.branch, self.header.identities | {device_id: identity})
+        block = pack_header(header)
         for fd in self._fds:
-            os.pwrite(fd, block, 0)
+            if os.pwrite(fd, block, 0) != len(block):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             os.fdatasync(fd)
+        self.header = header
 
     def note_stop(self, reason: str) -> None:
         """Leave word that the volume stopped for I7: recovery must trust nothing but durable marks."""

@@ -15,11 +15,11 @@ async def open_journal(volume: Volume) -> None:
     the device is there for that.
     """
     context = volume.context
-    device_ids = [record.device_id for _, record in sorted(volume.files.records.items())]
-    assert device_ids, "who changes the map has a backing file already"
-    identities = {device_id: context.storage.identity_of(device_id) for device_id in device_ids}
+    records = sorted(volume.files.records.items())
+    assert records, "who changes the map has a backing file already"
+    identities = {device_id: context.storage.identity_of(device_id) for device_id in volume.files.device_ids}
     header = JournalHeader(context.pool_id, volume.map.branch, identities)
-    folder = context.storage.path_of(device_ids[0])
+    folder = context.storage.path_of(records[0][1].device_id)
     try:
         journal = await context.threads.run(lambda: Journal.create(folder, header, volume.branch_record))
     except OSError as error:

@@ -3,10 +3,10 @@
 import logging
 from dataclasses import replace
 
-from blockvirt.errors import BlockvirtError, DeviceFault
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
 from blockvirt.meta.keys import Table, number_key
-from blockvirt.meta.records import BranchRecord, VolumeRecord
-from blockvirt.meta.store import Writer
+from blockvirt.meta.records import BranchRecord, FileRecord, VolumeRecord, punch_count
+from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal
@@ -57,6 +57,7 @@ class Leftovers:
                 f"volume {record.name} cannot be recovered: {error}",
                 correction="mend the disk and open it again; its journal is still there",
             ) from error
+        await self._recount(branch.number)
         log.info(
             "volume %s recovered %s: %d frames, %d changes",
             record.name,
@@ -64,6 +65,13 @@ class Leftovers:
             done.frames,
             done.changes,
         )
+
+    async def _recount(self, branch: int) -> None:
+        """Correct the pool's figures: what was replayed was not counted yet, what was dropped no longer is."""
+        context = self._context
+        async with context.storage.counting:
+            for file, chunks in await context.threads.run(lambda: _in_use(context.store, branch)):
+                context.storage.recounted(file.device_id, file.number, chunks)
 
     async def _find(self, branch: int) -> FoundJournal | None:
         paths = dict(self._context.storage.paths())
@@ -105,3 +113,19 @@ class Leftovers:
             if found is None:
                 return None
             return reader.record(VolumeRecord, Table.VOLUMES, found.volume_id.encode())
+
+
+def _in_use(store: Store, branch: int) -> list[tuple[FileRecord, int]]:
+    """Return how many chunks of each of a branch's files some entry names, or wait for their punch. Blocks."""
+    found = []
+    files = files_of(store, branch)
+    with store.read() as reader:
+        for file in files:
+            chunks = file.live_chunks
+            for key, stored in reader.scan(Table.PUNCH, prefix=number_key(file.number)):
+                try:
+                    chunks += punch_count(key, stored)
+                except DamagedRecord as error:
+                    log.error("%s", error)
+            found.append((file, chunks))
+    return found

@@ -1,12 +1,10 @@
 """One open volume with everything that works on it: opened on the first session, closed after the last."""
 
 import logging
-from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, VolumeStopped
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
-from blockvirt.meta.store import Writer
 from blockvirt.volumes.checkpoint import Checkpointer
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.flush import Flusher, sync_data
@@ -33,6 +31,7 @@ class OpenVolume:
         the disk does: that stops the volume.
         """
         volume = self.volume
+        await self._quiet()
         if volume.failure is None:
             try:
                 await self.checkpointer.run_all()
@@ -48,29 +47,23 @@ class OpenVolume:
         self._watch.cancel()
         if volume.age_timer is not None:
             volume.age_timer.cancel()
-        await volume.inflight.drained()
+        await self._quiet()
         await volume.tasks.wait()
         if isinstance(volume.failure, VolumeStopped):
-            await self._note_stop(volume.failure)
+            await volume.note_stop()
         await volume.files.close(give_back=volume.failure is None)
         journal = volume.journal
         if journal is not None:
-            await volume.context.threads.run(lambda: journal.close(remove=not keep_journal))
+            try:
+                await volume.context.threads.run(lambda: journal.close(remove=not keep_journal))
+            except OSError as error:  # what is left of it is covered: the next open removes it
+                log.error("volume %s: its journal is not removed: %s", volume.record.name, error)
         volume.map.close()
 
-    async def _note_stop(self, failure: VolumeStopped) -> None:
-        """Keep in the metadata that the volume stopped; best effort, the journal has its own note."""
-        number = self.volume.map.branch
-
-        def change(writer: Writer) -> None:
-            branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
-            if branch is not None:
-                writer.put_record(Table.BRANCHES, number_key(number), replace(branch, stopped=failure.cause))
-
-        try:
-            await self.volume.context.store.commit(change)
-        except BlockvirtError as error:
-            log.error("volume %s: cannot note in the metadata that it stopped: %s", self.volume.record.name, error)
+    async def _quiet(self) -> None:
+        """Return when no operation is under way: sessions that were dropped may have left some."""
+        await self.volume.busy.released()
+        await self.volume.inflight.drained()
 
 
 def opening(context: VolumeContext, record: VolumeRecord) -> OpenVolume:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from blockvirt.errors import BlockvirtError
+from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import Leaf, decode
 from blockvirt.meta.findings import Finding, Severity, corrupt, leak
 from blockvirt.meta.keys import Table, number_key, split_leaf, split_pair
-from blockvirt.meta.records import BranchRecord, FileRecord, unseal
+from blockvirt.meta.records import BranchRecord, FileRecord, punch_count, unseal
 from blockvirt.pool.backing import backing_path, unlink_files
 from blockvirt.syscalls import punch_hole
 from blockvirt.volumes.context import VolumeContext, files_of
@@ -181,7 +181,11 @@ class MapProof:
                 number, chunk = split_pair(key)
                 proof = self._files.get(number)
                 if proof is not None:
-                    count = int.from_bytes(unseal(key, stored, what="a punch row"), "little")
+                    try:
+                        count = punch_count(key, stored)
+                    except DamagedRecord as error:
+                        self._corrupt("punch-damaged", f"backing file {number}", error.message)
+                        continue
                     if _LIVE in proof.live[chunk : chunk + count]:
                         self._corrupt(
                             "punch-live", f"backing file {number}", f"chunk {chunk} is to be freed and is live"

@@ -15,7 +15,7 @@ from pathlib import Path
 from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.limits import PUNCH_PAUSE_S, PUNCHES_PER_BATCH
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
-from blockvirt.meta.records import FileRecord, unseal
+from blockvirt.meta.records import FileRecord, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path
 from blockvirt.syscalls import punch_hole
@@ -68,7 +68,7 @@ class Puncher:
             for key, stored in reader.scan(Table.PUNCH, start=after):
                 number, chunk = split_pair(key)
                 try:
-                    count = int.from_bytes(unseal(key, stored, what="a punch row"), "little")
+                    count = punch_count(key, stored)
                     batch.append(_Punch(self._file(reader, number), number, chunk, count))
                 except DamagedRecord as error:
                     log.error("%s", error)
@@ -93,14 +93,14 @@ class Puncher:
                 if await self._threads.run(partial(self._punch_one, path, punch)):
                     done.append(punch)
 
-        def forget(writer: Writer) -> None:
-            for punch in done:
-                writer.delete(Table.PUNCH, pair_key(punch.number, punch.chunk))
+        def forget(writer: Writer) -> list[_Punch]:
+            # A row that went meanwhile, with its whole volume, is not ours to count.
+            return [punch for punch in done if writer.delete(Table.PUNCH, pair_key(punch.number, punch.chunk))]
 
-        await self._store.commit(forget)
-        for punch in done:
-            if punch.file is not None:
-                self._storage.mapped(punch.file.device_id, punch.number, -punch.count)
+        async with self._storage.counting:
+            for punch in await self._store.commit(forget):
+                if punch.file is not None:
+                    self._storage.mapped(punch.file.device_id, punch.number, -punch.count)
 
     def _punch_one(self, path: Path, punch: _Punch) -> bool:
         try:

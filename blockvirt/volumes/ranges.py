@@ -31,6 +31,17 @@ class RangeLock:
         """Tell whether chunks ``first`` to ``last`` (inclusive) touch a range that is held or waited for."""
         return any(hold.first <= last and first <= hold.last for hold in self.holds)
 
+    async def released(self) -> None:
+        """Return when nobody holds or waits for anything."""
+        while self.holds:
+            await self._end_of(self.holds[-1])
+
+    async def _end_of(self, hold: _Hold) -> None:
+        if hold.released is None:
+            hold.released = asyncio.get_running_loop().create_future()
+        # Several may wait for one hold: a cancelled waiter must not cancel the others' future.
+        await asyncio.shield(hold.released)
+
     @asynccontextmanager
     async def hold(self, first: int, last: int) -> AsyncIterator[None]:
         """Hold chunks ``first`` to ``last`` (inclusive) after everybody who asked for one of them earlier."""
@@ -40,10 +51,7 @@ class RangeLock:
         try:
             for hold in before:
                 if hold in self.holds:
-                    if hold.released is None:
-                        hold.released = asyncio.get_running_loop().create_future()
-                    # Several may wait for one hold: a cancelled waiter must not cancel the others' future.
-                    await asyncio.shield(hold.released)
+                    await self._end_of(hold)
             yield
         finally:
             self.holds.remove(mine)

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from blockvirt.errors import DamagedRecord
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.meta.records import BranchRecord, FileRecord
 from blockvirt.meta.store import Writer
@@ -51,7 +52,7 @@ class Replay:
         self.changes = 0
 
     def apply(self, change: Change) -> None:
-        """Apply one run of map changes."""
+        """Apply one run of map changes; raises DamagedRecord where they name a file that the branch does not have."""
         self.changes += 1
         for index in range(change.count):
             entry = change.entry + index if change.entry else 0
@@ -65,6 +66,12 @@ class Replay:
                 self.live[file_of(old)] -= 1
             if entry:
                 number = file_of(entry)
+                if number not in self.used:
+                    raise DamagedRecord(
+                        f"a journal names backing file {number}, which branch {self.map.branch} does not have",
+                        cause="the metadata is damaged, or older than the journal",
+                        correction="run 'blockvirt check'; the journal is kept",
+                    )
                 self.mapped_chunks += 1
                 self.live[number] += 1
                 self.used[number] = max(self.used[number], chunk_of(entry) + 1)

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from blockvirt.errors import BeingDeleted, BlockvirtError, InUse, NotFound, ShuttingDown
+from blockvirt.errors import BeingDeleted, InUse, NotFound, ShuttingDown
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.tasks import TaskSet
@@ -54,6 +54,7 @@ class VolumeRegistry:
             record = self._record(volume_id)
             if slot.opened is None:
                 await self._leftovers.settle(record)
+                record = self._record(volume_id)  # it may have grown, or have been deleted, meanwhile
                 slot.opened = opening(self._context, record)
             handle = Handle(slot.opened, session_id, self._close)
             slot.handles.add(handle)
@@ -75,9 +76,11 @@ class VolumeRegistry:
 
     async def _let_go(self, handle: Handle) -> None:
         volume_id = handle.volume_id
-        slot = self._slots[volume_id]
-        slot.handles.discard(handle)
         self._volume_of.pop(handle.session_id, None)
+        slot = self._slots.get(volume_id)
+        if slot is None:  # the volume was deleted under its session
+            return
+        slot.handles.discard(handle)
         async with slot.lock:
             if slot.handles or slot.opened is None:
                 return
@@ -146,8 +149,6 @@ class VolumeRegistry:
         """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first."""
         self._record(volume_id)
         slot = self._slots.setdefault(volume_id, _Slot())
-        for handle in list(slot.handles):
-            handle.lose()
         async with slot.lock:
             record = self._record(volume_id)
             opened = slot.opened
@@ -155,6 +156,8 @@ class VolumeRegistry:
                 if opened.volume.failure is None:
                     raise InUse(f"volume {record.name} has not stopped", correction="nothing is to be done")
                 slot.opened = None
+                for handle in list(slot.handles):
+                    handle.lose()
                 await opened.abandon(keep_journal=True)
             await self._leftovers.settle(record, reopen=True)
 
@@ -178,6 +181,6 @@ class VolumeRegistry:
                 if opened is not None:
                     try:
                         await opened.close()
-                    except BlockvirtError as error:
-                        log.error("closing volume %s: %s", opened.volume.record.name, error)
+                    except Exception:  # a mistake of ours with one volume must not keep the others from closing
+                        log.exception("closing volume %s failed", opened.volume.record.name)
         await self._tasks.wait()

@@ -16,7 +16,7 @@ from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
 from blockvirt.lun.plan import Action, WriteStep, plan_read
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.checkpoint import Checkpointer
-from blockvirt.volumes.flush import Flusher
+from blockvirt.volumes.flush import Flusher, sync_guarded
 from blockvirt.volumes.journal_opening import open_journal
 from blockvirt.volumes.transfer import assign
 from blockvirt.volumes.volume import Volume, fill_zeros
@@ -54,11 +54,19 @@ class SlowPath:
         await self._in_thread(read_all)
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Run ``work`` in a thread, as an operation that punches must wait for, even if the caller is cancelled."""
+        """Run ``work`` in a thread, as an operation that punches must wait for.
+
+        A caller that is cancelled waits for its end too: until then nobody else may have its chunks.
+        """
         volume = self._volume
+        volume.check()
         number = volume.inflight.enter()
         task = volume.tasks.start(self._finish(work, number), "io", awaited=True)
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
 
     async def _finish(self, work: Callable[[], None], number: int) -> None:
         try:
@@ -80,6 +88,7 @@ class SlowPath:
 
     async def _write_held(self, offset: int, data: memoryview) -> None:
         volume = self._volume
+        volume.check()
         steps = volume.plan(offset, len(data))
         while not volume.has_room(steps):
             await self._make_room(steps)
@@ -107,8 +116,7 @@ class SlowPath:
         new = [step for step in steps if step.action is not Action.OVERWRITE]
         chunks = sum(step.count for step in new)
         if self._volume.tail.room() < chunks:
-            await self._volume.tail.make_room(chunks)
-            await self._admit_new_device()
+            await self._volume.tail.make_room(chunks, self._admit_device)
         if not self._volume.has_journal_room(len(new)):
             await self._make_journal_room(len(new))
 
@@ -123,12 +131,19 @@ class SlowPath:
         elif not volume.has_journal_room(changes):
             await self._checkpointer.run()
 
-    async def _admit_new_device(self) -> None:
-        journal, storage = self._volume.journal, self._volume.context.storage
-        for file in self._volume.files.own():
-            identity = storage.identity_of(file.device_id)
-            if journal is not None and journal.header.identities.get(file.device_id) != identity:
-                await self._volume.context.threads.run(partial(journal.admit_device, file.device_id, identity))
+    async def _admit_device(self, device_id: str) -> None:
+        """Have the journal know a device before anything of the volume lies there; raises VolumeStopped."""
+        volume = self._volume
+        identity = volume.context.storage.identity_of(device_id)
+        async with self._opening_journal:  # one that is being made may not know the device yet, a later one will
+            journal = volume.journal
+            if journal is None or journal.header.identities.get(device_id) == identity:
+                return
+            async with self._flusher.syncing:  # of two syncs of a file only one is told of a failed write-back
+                volume.check()
+                await sync_guarded(
+                    volume, "its journal cannot be synced", partial(journal.admit_device, device_id, identity)
+                )
 
     # --- zero and trim -------------------------------------------------------------------------------------------
 
@@ -168,12 +183,14 @@ class SlowPath:
     async def _unmap(self, first: int, end: int) -> None:
         """Unmap whole chunks of one leaf. Needs no new chunk, so it works in a full pool (I10)."""
         volume = self._volume
+        volume.check()
         entries = volume.map.leaf(first >> SLOT_BITS).entries
         base = first >> SLOT_BITS << SLOT_BITS
         if entries is NO_ENTRIES or not any(entries[first - base : end - base]):
             return
         while not volume.has_journal_room(1):
             await self._make_journal_room(1)
+        volume.check()
         volume.stage(first, end - first, 0)
         volume.settle()
 
@@ -182,6 +199,7 @@ class SlowPath:
         volume = self._volume
         chunk = first
         while chunk < end:
+            volume.check()
             entry = volume.map.writable(chunk)
             count = 1
             while chunk + count < end and _alike(entry, volume.map.writable(chunk + count), count):
@@ -197,7 +215,9 @@ class SlowPath:
         volume = self._volume
         while volume.tail.room() < count or not volume.has_journal_room(1):
             await self._make_room([WriteStep(Action.ALLOCATE, chunk, count, 0, 0, 0, 0)])
-        _, entry = volume.tail.take(count)
+        volume.check()
+        file, entry = volume.tail.take(count)
+        file.unsynced_bytes += count << volume.chunk_shift  # the file's size, and the space reserved in it
         volume.stage(chunk, count, entry | FRESH)
         volume.settle()
 

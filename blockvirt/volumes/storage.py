@@ -4,6 +4,7 @@ Used bytes are those of chunks that a map entry names, and of freed ones until t
 at start from the file records and the punch queue, and kept as plain integers from then on.
 """
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, InUse, 
 from blockvirt.ids import check_name, new_id
 from blockvirt.limits import RESERVE_STEP_MIN_BYTES
 from blockvirt.meta.keys import POOL_KEY, Table, split_pair
-from blockvirt.meta.records import DeviceRecord, FileRecord, PoolRecord, VolumeRecord, unseal
+from blockvirt.meta.records import DeviceRecord, FileRecord, PoolRecord, VolumeRecord, punch_count
 from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.devices import Device, DeviceProblem, FilesystemSpace, space_at
 from blockvirt.pool.membership import add_device, check_removable, erase_device
@@ -52,7 +53,8 @@ class PoolStorage:
         self._clock = clock
         self._devices = {device.record.id: device for device in devices}
         self._problems = {problem.record.id: problem for problem in problems}
-        self._identities = {device.record.id: device.identity.to_text() for device in devices}
+        self._identities = {device.record.id: device.identity.digest() for device in devices}
+        self.counting = asyncio.Lock()
         self._used_chunks: Counter[int] = Counter()
         """By backing file."""
         self._device_chunks: Counter[str] = Counter()
@@ -82,8 +84,10 @@ class PoolStorage:
             for key, stored in reader.scan(Table.PUNCH):
                 number, _ = split_pair(key)
                 if number in device_of:
-                    count = int.from_bytes(unseal(key, stored, what="a punch row"), "little")
-                    self.mapped(device_of[number], number, count)
+                    try:
+                        self.mapped(device_of[number], number, punch_count(key, stored))
+                    except DamagedRecord as error:
+                        log.error("%s", error)
 
     # --- context.Storage -------------------------------------------------------------------------------------------
 
@@ -155,6 +159,10 @@ class PoolStorage:
         """See Storage."""
         self._used_chunks[file] += change_chunks
         self._device_chunks[device_id] += change_chunks
+
+    def recounted(self, device_id: str, file: int, chunks: int) -> None:
+        """See Storage."""
+        self.mapped(device_id, file, chunks - self._used_chunks[file])
 
     def removed(self, device_id: str, file: int) -> None:
         """See Storage."""
@@ -267,7 +275,7 @@ class PoolStorage:
             device.release()
             raise
         self._devices[record.id] = device
-        self._identities[record.id] = device.identity.to_text()
+        self._identities[record.id] = device.identity.digest()
         for warning in device.warnings:
             log.warning("device %s: %s", record.name, warning)
         return _in_use(device, self._space(device))

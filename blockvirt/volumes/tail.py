@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from blockvirt.errors import DeviceFault, PoolFull
@@ -14,6 +16,11 @@ from blockvirt.pool.backing import BackingFile, backing_path
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.context import VolumeContext, files_of
 
+log = logging.getLogger("blockvirt.volumes")
+
+AdmitDevice = Callable[[str], Awaitable[None]]
+"""Has a device's page-cache identity durable in the journal, if there is one, before a file on it is used."""
+
 
 class BranchFiles:
     """The backing files of one branch that an open volume reads and writes; opened on first use."""
@@ -25,11 +32,16 @@ class BranchFiles:
         """By number; the data path looks here first."""
         self.records = {record.number: record for record in files_of(context.store, branch)}
         """As the store has them."""
+        self.device_ids = {record.device_id for record in self.records.values()}
+        """Where the files lie, and where one is about to: a journal that is made now must know all of these."""
+        self._closed = False
 
     def get(self, number: int) -> BackingFile:
         """Return an open file; raises DeviceFault where its device or the file itself is not there."""
         file = self.open_files.get(number)
         if file is None:
+            if self._closed:  # ``records`` may be out of date by now: opening by them could cut what is in use
+                raise DeviceFault(f"backing file {number} is closed", cause="its volume has been closed")
             file = self._describe(number)
             file.open()
             self._admit(file)
@@ -63,20 +75,31 @@ class BranchFiles:
         """Return the files with writes that no sync covers yet."""
         return [file for file in self.open_files.values() if file.unsynced_bytes]
 
-    async def create(self, volume: VolumeRecord, needed_bytes: int) -> BackingFile:
-        """Add a backing file on the device that policy picks; its record is durable before the file exists."""
-        device_id = self._context.storage.place(volume, needed_bytes)
+    async def create(self, device_id: str, admit_device: AdmitDevice) -> BackingFile:
+        """Add a backing file on a device; its record is durable before the file exists.
+
+        And the journal knows the device before the record is there: recovery takes one that it does not know for
+        another page cache, and trusts durable marks only.
+        """
+        self.device_ids.add(device_id)
 
         def change(writer: Writer) -> FileRecord:
             pool = writer.record(PoolRecord, Table.POOL, POOL_KEY)
             assert pool is not None
+            if writer.get(Table.DEVICES, device_id.encode()) is None:
+                raise DeviceFault(f"device {device_id} was removed from the pool meanwhile", correction="try again")
             record = FileRecord(pool.next_file, self.branch, device_id)
             writer.put_record(Table.POOL, POOL_KEY, replace(pool, next_file=pool.next_file + 1))
             writer.put_record(Table.FILES, number_key(record.number), record)
             writer.put(Table.BRANCH_FILES, pair_key(self.branch, record.number), b"")
             return record
 
-        record = await self._context.store.commit(change)
+        try:
+            await admit_device(device_id)
+            record = await self._context.store.commit(change)
+        except BaseException:
+            self.device_ids = {record.device_id for record in self.records.values()}
+            raise
         self.records[record.number] = record
         file = self._describe(record.number)
         await self._context.threads.run(file.open)
@@ -88,6 +111,7 @@ class BranchFiles:
 
         Everything must be synced. Without ``give_back`` (the volume stopped) the files stay as they are for recovery.
         """
+        self._closed = True
         files = list(self.open_files.values())
         self.open_files.clear()
         for file in files:
@@ -95,13 +119,24 @@ class BranchFiles:
 
         def close_all() -> None:
             for file in files:
-                if give_back:
-                    assert not file.unsynced_bytes, "closing a file with unsynced writes can lose their error"
-                    if file.number in self.records and file.reserved_chunks > file.used_chunks:
-                        file.cut()
-                file.close()
+                try:
+                    if give_back:
+                        assert not file.unsynced_bytes, "closing a file with unsynced writes can lose their error"
+                        if file.number in self.records and file.reserved_chunks > file.used_chunks:
+                            file.cut()
+                except OSError as error:
+                    log.error("space reserved ahead in %s is not given back: %s", file.path, error)
+                finally:
+                    _close(file)
 
         await self._context.threads.run(close_all)
+
+
+def _close(file: BackingFile) -> None:
+    try:
+        file.close()
+    except OSError as error:  # what counts was synced before
+        log.error("closing %s: %s", file.path, error)
 
 
 class Tail:
@@ -131,7 +166,7 @@ class Tail:
         assert file is not None
         assert count <= self.room()
         first = file.used_chunks
-        assert first + count <= CHUNK_MASK
+        assert first + count <= CHUNK_MASK + 1
         file.used_chunks += count
         self._context.storage.reserved(file.device_id, -(count << self._context.chunk_shift))
         if self._ahead is None and file.reserved_chunks - file.used_chunks < self._step_chunks() // 2:
@@ -153,25 +188,55 @@ class Tail:
         finally:
             self._ahead = None
 
-    async def make_room(self, count: int) -> None:
+    async def make_room(self, count: int, admit_device: AdmitDevice) -> None:
         """Return when ``take(count)`` will succeed; raises PoolFull or DeviceFault."""
         assert 0 < count <= self._context.file_chunks
         async with self._making_room:
             while self.room() < count:
-                file = self._file or self._newest()
-                if file is None or file.used_chunks + count > self._context.file_chunks:
-                    if file is not None:
-                        file.sealed = True
-                    file = await self._files.create(self._volume, count << self._context.chunk_shift)
-                self._file = file
-                if self.room() < count:
-                    await self._extend_for(file, count)
+                file = self._newest(count) if self._file is None or not self._fits(self._file, count) else self._file
+                if file is None:
+                    file = await self._files.create(self._place(count), admit_device)
+                try:
+                    await self._use(file, count)
+                except PoolFull:
+                    device_id = self._elsewhere(file, count)
+                    if device_id is None:
+                        raise
+                    other = self._newest(count, device_id) or await self._files.create(device_id, admit_device)
+                    await self._use(other, count)
 
-    def _newest(self) -> BackingFile | None:
-        open_records = [record for record in self._files.records.values() if not record.sealed]
-        if not open_records:
+    async def _use(self, file: BackingFile, count: int) -> None:
+        """Append to ``file`` from now on, with room for ``count`` more."""
+        if file.reserved_chunks - file.used_chunks < count:
+            await self._extend_for(file, count)
+        self._file = file
+
+    def _place(self, count: int) -> str:
+        return self._context.storage.place(self._volume, count << self._context.chunk_shift)
+
+    def _elsewhere(self, file: BackingFile, count: int) -> str | None:
+        """Return another device with room than the full one of ``file``: a volume may be larger than one disk."""
+        try:
+            device_id = self._place(count)
+        except PoolFull:
             return None
-        return self._files.get(max(record.number for record in open_records))
+        return device_id if device_id != file.device_id else None
+
+    def _fits(self, file: BackingFile, count: int) -> bool:
+        """Tell whether ``file`` has so many addresses left; seals it where it has not."""
+        if not file.sealed and file.used_chunks + count > self._context.file_chunks:
+            file.sealed = True
+        return not file.sealed
+
+    def _newest(self, count: int, device_id: str | None = None) -> BackingFile | None:
+        """Return the newest file, on that device if one is given, that has ``count`` addresses left."""
+        for number, record in sorted(self._files.records.items(), reverse=True):
+            if record.sealed or device_id not in (None, record.device_id):
+                continue
+            file = self._files.get(number)
+            if self._fits(file, count):
+                return file
+        return None
 
     async def _extend_for(self, file: BackingFile, count: int) -> None:
         step = self._step_chunks()

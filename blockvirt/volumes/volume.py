@@ -9,13 +9,16 @@ SIGKILL (I3b). What would block returns False and goes through ``slow_path``.
 import asyncio
 import logging
 import struct
+from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, VolumeStopped
 from blockvirt.limits import MAX_DIRTY_LEAVES
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
 from blockvirt.lun.plan import Action, WriteStep, plan_read, plan_write
+from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
+from blockvirt.meta.store import Writer
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.journal import Journal
@@ -255,8 +258,25 @@ class Volume:
                     self.journal.note_stop(reason)
                 except OSError as note_error:
                     log.error("volume %s: cannot leave word in its journal: %s", self.record.name, note_error)
+            else:  # overwrites in place alone need no journal
+                self.tasks.start(self.note_stop(), "note")
             self.checkpoint_due.set()
         return self.failure
+
+    async def note_stop(self) -> None:
+        """Keep in the metadata why the volume stopped; best effort, the journal has its own note."""
+        failure, number = self.failure, self.map.branch
+        assert failure is not None
+
+        def change(writer: Writer) -> None:
+            branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
+            if branch is not None:
+                writer.put_record(Table.BRANCHES, number_key(number), replace(branch, stopped=failure.cause))
+
+        try:
+            await self.context.store.commit(change)
+        except BlockvirtError as error:
+            log.error("volume %s: cannot note in the metadata that it stopped: %s", self.record.name, error)
 
     def _task_failed(self, error: BaseException) -> None:
         if not isinstance(error, BlockvirtError):

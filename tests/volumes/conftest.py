@@ -1,7 +1,8 @@
 """A running pool on real files for the data-plane tests."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def findings(pool: Pool, *, leaks: bool = False) -> list[Finding]:
     """Return what the offline proof of the map finds in a pool at rest; leaks only if asked for."""
     found = MapProof(pool.engine.context).run()
     return [finding for finding in found if leaks or finding.severity is Severity.CORRUPT]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when ``condition`` holds: for what a worker does in its own time."""
+    while True:
+        if condition():
+            return
+        await asyncio.sleep(0.005)
 
 
 async def write(handle: Handle, offset: int, data: bytes) -> None:
