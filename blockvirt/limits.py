@@ -25,6 +25,7 @@ DEVICE_RESERVE_MAX_BYTES = 1 * GIB  # a hundredth of a large disk would be more 
 PUNCHES_PER_BATCH = 64  # punches between two looks at other work: each stalls its file's writes for up to 8 ms on XFS
 PUNCH_PAUSE_S = 0.02  # between two batches
 DELETE_BATCH_ROWS = 2_000  # rows that one step of a volume's deletion removes: bounds a transaction to a few MiB
+DELETE_RETRY_S = 60.0  # a deletion that met a broken disk is tried again: its space would be lost until a restart
 PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per so much written: 25 us each
 
 # --- journal and checkpoint ----------------------------------------------------------------------------------------
@@ -51,6 +52,7 @@ NBD_PREFERRED_BLOCK_BYTES = 4 * KIB  # a page: smaller requests read and write o
 NBD_MAX_CONNECTIONS = 4_096  # each is a descriptor; the largest hosts run hundreds of guests
 NBD_CONNECTION_BUDGET_BYTES = 64 * MIB  # requests and replies in flight on one connection
 NBD_GLOBAL_BUDGET_BYTES = 512 * MIB  # the same over all connections
+NBD_SEND_BUFFER_BYTES = 1 * MIB  # of a connection's socket; measured: 15 % more for large reads than the default
 NBD_MAX_INFLIGHT_REQUESTS = 256  # slow requests of one connection (fast ones are answered at once)
 NBD_SLOW_READER_S = 60.0  # a client that takes no reply bytes for this long is dropped
 NBD_BATCH_REQUESTS = 64  # one callback handles so many requests, then lets others run

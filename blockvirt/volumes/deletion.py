@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
-from blockvirt.limits import DELETE_BATCH_ROWS
+from blockvirt.limits import DELETE_BATCH_ROWS, DELETE_RETRY_S
 from blockvirt.meta.keys import Table, number_key, pair_key
 from blockvirt.meta.records import FileRecord, VolumeRecord
 from blockvirt.meta.store import Writer
@@ -47,8 +47,12 @@ class Deleter:
             for record in self._flagged():
                 try:
                     await self._delete(record)
+                    continue
                 except (BlockvirtError, OSError) as error:
                     log.error("volume %s is not wholly deleted yet: %s", record.name, error)
+                except Exception:  # a mistake of ours with one volume must not end the worker of all
+                    log.exception("deleting volume %s failed", record.name)
+                asyncio.get_running_loop().call_later(DELETE_RETRY_S, self._work.set)
 
     def _flagged(self) -> list[VolumeRecord]:
         flagged = []

@@ -25,6 +25,7 @@ from blockvirt.limits import (
     MIN_CHUNK_BYTES,
     PRESSURE_STEP_BYTES,
 )
+from blockvirt.lun.address import CHUNK_MASK
 from blockvirt.meta.copies import naming_newest, remembered_folders
 from blockvirt.meta.datafile import DATA_FILE
 from blockvirt.meta.keys import POOL_KEY, Table
@@ -145,7 +146,8 @@ def volume_context(
         cache=LeafCache(settings.leaf_cache_bytes),
         pressure=WritePressure(PRESSURE_STEP_BYTES),
         punches=asyncio.Event(),
-        file_chunks=settings.backing_file_bytes // pool.chunk_bytes,
+        # One address less than fits: entries of neighbouring chunks in two files must not look like one run.
+        file_chunks=min(settings.backing_file_bytes // pool.chunk_bytes, CHUNK_MASK),
         checkpoint_age_s=settings.checkpoint_age_s,
     )
 

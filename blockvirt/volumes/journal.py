@@ -15,7 +15,15 @@ from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.limits import JOURNAL_FILE_BYTES
 from blockvirt.meta.records import BranchRecord, seal, unseal
 from blockvirt.pool.backing import sync_directory, unlink_files
-from blockvirt.volumes.journal_frames import CHANGE, MARK_FRAME_BYTES, Kind, frame_bytes, pack, pack_mark
+from blockvirt.volumes.journal_frames import (
+    CHANGE,
+    MARK_FRAME_BYTES,
+    Kind,
+    first_generation,
+    frame_bytes,
+    pack,
+    pack_mark,
+)
 
 BLOCK_BYTES = 4096
 FRAMES_AT_BYTES = 2 * BLOCK_BYTES
@@ -206,6 +214,26 @@ def read_journal(device_path: Path, device_id: str, branch: int) -> FoundJournal
     logs = (contents[0][FRAMES_AT_BYTES:], contents[1][FRAMES_AT_BYTES:])
     stops = [_stop_reason(content[BLOCK_BYTES:FRAMES_AT_BYTES]) for content in contents]
     return FoundJournal(paths, device_id, _either_header(contents), stops[0] or stops[1], logs)
+
+
+def refuse_to_drop(device_path: Path, branch: BranchRecord) -> None:
+    """Raise DamagedRecord if what is left of a pair holds changes that no checkpoint covers; return if it may go.
+
+    Half a pair is left where it was being made or removed: then it holds no frame, or covered ones alone.
+    """
+    for path in journal_paths(device_path, branch.number):
+        try:
+            with path.open("rb") as file:
+                file.seek(FRAMES_AT_BYTES)
+                generation = first_generation(file.read(frame_bytes(0)))
+        except FileNotFoundError:
+            continue
+        if generation > branch.covered_generation:
+            raise DamagedRecord(
+                f"the journal {path} holds changes, and its other half or a part of it is missing",
+                cause="it was removed or cut short from outside",
+                correction="bring both files back; or move this one away: what was written last is lost then",
+            )
 
 
 def _either_header(contents: list[bytes]) -> JournalHeader:

@@ -81,6 +81,11 @@ def pack_mark(generation: int, sequence: int, upto: int, chain: int) -> tuple[by
     return pack(Kind.MARK, generation, sequence, _MARK.pack(upto), chain)
 
 
+def first_generation(log: bytes) -> int:
+    """Return the generation that the frame at the start of ``log`` claims; 0 where there is none."""
+    return int(HEADER.unpack_from(log)[4]) if len(log) >= HEADER.size else 0
+
+
 def read_frames(log: bytes, generation: int, sequence: int, chain: int) -> Iterator[Frame]:
     """Yield the intact frames of ``generation`` at the start of ``log``, the first being number ``sequence``.
 

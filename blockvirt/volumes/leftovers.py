@@ -9,7 +9,7 @@ from blockvirt.meta.records import BranchRecord, FileRecord, VolumeRecord, punch
 from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
-from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal
+from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
 from blockvirt.volumes.recovery import recover
 from blockvirt.volumes.volume import stopped_error
 
@@ -34,7 +34,7 @@ class Leftovers:
         assert branch is not None, "a volume and its branch are made in one transaction"
         for file in files_of(context.store, branch.number):
             context.storage.path_of(file.device_id)
-        found = await self._find(branch.number)
+        found = await self._find(branch)
         reason = branch.stopped or (found.stop_reason if found is not None else "")
         if reason and not reopen:
             raise stopped_error(record.name, reason)
@@ -73,18 +73,26 @@ class Leftovers:
             for file, chunks in await context.threads.run(lambda: _in_use(context.store, branch)):
                 context.storage.recounted(file.device_id, file.number, chunks)
 
-    async def _find(self, branch: int) -> FoundJournal | None:
+    async def _find(self, branch: BranchRecord) -> FoundJournal | None:
         paths = dict(self._context.storage.paths())
 
         def look() -> FoundJournal | None:
             for device_id, folder in paths.items():
-                found = read_journal(folder, device_id, branch)
+                found = read_journal(folder, device_id, branch.number)
                 if found is not None:
                     return found
-                unlink_files([path for path in journal_paths(folder, branch) if path.exists()])
+                if paths_left := [path for path in journal_paths(folder, branch.number) if path.exists()]:
+                    refuse_to_drop(folder, branch)
+                    unlink_files(paths_left)
             return None
 
-        return await self._context.threads.run(look)
+        try:
+            return await self._context.threads.run(look)
+        except OSError as error:
+            raise DeviceFault(
+                f"cannot remove what is left of a journal of branch {branch.number}: {error}",
+                correction="check the disk and its mount",
+            ) from error
 
     def branches(self) -> list[int]:
         """Return the branches that have a journal on some device. Blocks briefly; for start-up."""

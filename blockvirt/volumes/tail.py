@@ -166,7 +166,7 @@ class Tail:
         assert file is not None
         assert count <= self.room()
         first = file.used_chunks
-        assert first + count <= CHUNK_MASK + 1
+        assert first + count <= CHUNK_MASK
         file.used_chunks += count
         self._context.storage.reserved(file.device_id, -(count << self._context.chunk_shift))
         if self._ahead is None and file.reserved_chunks - file.used_chunks < self._step_chunks() // 2:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import DamagedRecord, InUse, VolumeStopped
+from blockvirt.errors import DamagedRecord, DeviceFault, InUse, VolumeStopped
 from blockvirt.meta.keys import Table, pair_key
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.meta.store import Store
+from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import MIB
+from blockvirt.volumes import deletion, leftovers
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.punch import Puncher
@@ -263,3 +265,73 @@ async def test_a_punch_that_meets_a_deletion_is_not_counted_twice(
     await pool.engine.puncher._punch(batch)
     assert pool.engine.storage.status().used_bytes == 0
     await pool.close()
+
+
+@pytest.mark.parametrize("power_cut", [False, True])
+@pytest.mark.parametrize("damage", ["one is missing", "one is short"])
+async def test_half_a_journal_with_changes_in_it_is_not_thrown_away(pool: Pool, damage: str, power_cut: bool) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096)
+    await handle.flush()
+    await abandon(pool, power_cut=power_cut)
+    first, second = sorted((pool.device / "journal").iterdir())
+    kept = first.read_bytes(), second.read_bytes()
+    # The changes are in the second. Where that one is missing, nothing tells it from a pair that was being made.
+    for path in (first,) if damage == "one is missing" else (first, second):
+        if damage == "one is missing":
+            path.unlink()
+        else:
+            os.truncate(path, 65536)
+        await pool.start()
+        with pytest.raises(DamagedRecord, match="journal"):
+            await pool.open(volume_id)
+        await pool.close()
+        first.write_bytes(kept[0])
+        second.write_bytes(kept[1])
+    await pool.start()
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 4096) == b"a" * 4096
+    await handle.close()
+
+
+async def test_a_deletion_that_fails_is_tried_again(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await pool.volume(SIZE)
+    handle = await pool.open(first)
+    await write(handle, 0, b"a" * SIZE)
+    await handle.close()
+    tries = []
+
+    def unlink_files(paths: list[Path]) -> None:
+        tries.append(paths)
+        if len(tries) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if len(tries) == 2:
+            raise ZeroDivisionError("planted: a mistake of ours")
+        backing.unlink_files(paths)
+
+    monkeypatch.setattr(deletion, "unlink_files", unlink_files)
+    monkeypatch.setattr(deletion, "DELETE_RETRY_S", 0.01)
+    await catalogue_of(pool).delete(first)
+    await until(lambda: first not in pool.engine.registry._slots)
+    assert len(tries) == 3
+    assert not list((pool.device / "files").iterdir())
+    assert not findings(pool, leaks=True)
+
+
+async def test_a_disk_that_fails_under_a_left_journal_costs_one_volume(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad_id, good_id = await pool.volume(SIZE), await pool.volume(SIZE)
+    await pool.close()
+    (pool.device / "journal" / "00000001.0").touch()  # a daemon died while it made one
+
+    def read_only(_paths: list[Path]) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(leftovers, "unlink_files", read_only)
+        await pool.start()
+        with pytest.raises(DeviceFault, match="journal"):
+            await pool.open(bad_id)
+        await (await pool.open(good_id)).close()
+    await (await pool.open(bad_id)).close()
