@@ -8,7 +8,7 @@ import struct
 from collections.abc import MutableMapping
 
 from blockvirt.errors import InUse, InvalidRequest
-from blockvirt.limits import UNIX_PATH_MAX_BYTES
+from blockvirt.limits import NBD_SEND_BUFFER_BYTES, UNIX_PATH_MAX_BYTES
 
 _BACKLOG = 128
 _FIRST_ACTIVATED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
@@ -114,6 +114,9 @@ def prepare_connection(sock: socket.socket) -> tuple[str, str]:
     A TCP peer is its address; on a unix socket it is the process at the other end.
     """
     sock.setblocking(False)
+    # Room for eight replies of 128 KiB: with the usual 208 KiB a session waits for its client at every second batch.
+    # The kernel takes what net.core.wmem_max allows, and memory only for what is queued.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NBD_SEND_BUFFER_BYTES)
     if sock.family == socket.AF_UNIX:
         pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return f"unix:pid={pid},uid={uid}", f"pid {pid}"
