@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -181,11 +182,19 @@ async def run(settings: Settings, announce: Callable[[Endpoints], None]) -> None
         await daemon.stop()
 
 
+def allow_open_files() -> None:
+    """Raise the limit on descriptors as far as allowed: a session and its volume take four, shells often allow 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def serve(settings: Settings, announce: Callable[[Endpoints], None]) -> None:
     """Run the daemon in the foreground, with logs on stderr."""
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    allow_open_files()
     # A thread that holds the GIL may keep the loop waiting for so long: the default of 5 ms is half a hundred requests.
     sys.setswitchinterval(0.0005)
     uvloop.run(run(settings, announce))
