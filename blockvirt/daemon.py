@@ -183,7 +183,7 @@ async def run(settings: Settings, announce: Callable[[Endpoints], None]) -> None
 
 
 def allow_open_files() -> None:
-    """Raise the limit on descriptors as far as allowed: a session and its volume take four, shells often allow 1,024."""
+    """Raise the limit on descriptors as far as allowed: a session and its volume take four, a shell allows 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
