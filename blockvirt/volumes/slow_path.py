@@ -94,7 +94,7 @@ class SlowPath:
             await self._make_room(steps)
             steps = volume.plan(offset, len(data))
         volume.check()
-        transfers = assign(volume, steps, data)
+        transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data)
 
         def run_all() -> None:
             for transfer in transfers:

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockvirt.lun.address import chunk_of, file_of
 from blockvirt.lun.plan import Action, WriteStep
 from blockvirt.pool.backing import BackingFile
-
-if TYPE_CHECKING:
-    from blockvirt.volumes.volume import Volume
+from blockvirt.volumes.tail import BranchFiles, Tail
 
 
 @dataclass(slots=True)
@@ -43,31 +40,34 @@ class Transfer:
 
 
 def assign(
-    volume: "Volume", steps: list[WriteStep], data: memoryview, copies: Iterable[bytearray | None] | None = None
+    files: BranchFiles,
+    tail: Tail,
+    chunk_shift: int,
+    steps: list[WriteStep],
+    data: memoryview,
+    copies: Iterable[bytearray | None] | None = None,
 ) -> list[Transfer]:
     """Hand out addresses for ``steps`` and return their transfers, in order.
 
     The caller has made sure of room. Addresses are handed out even if the I/O fails later: what a failed write left
     in them must never show up in another chunk (I8).
     """
-    shift = volume.chunk_shift
     contents = iter(copies) if copies is not None else None
     transfers = []
     for step in steps:
         part = data[step.start : step.start + step.length]
         if step.action is Action.OVERWRITE:
-            file = volume.files.get(file_of(step.entry))
-            position = (chunk_of(step.entry) << shift) + step.within
+            file = files.get(file_of(step.entry))
+            position = (chunk_of(step.entry) << chunk_shift) + step.within
             transfers.append(Transfer(file, position, part, step.chunk, step.count, 0))
             continue
-        file, entry = volume.tail.take(step.count)
-        position = chunk_of(entry) << shift
+        file, entry = tail.take(step.count)
+        position = chunk_of(entry) << chunk_shift
         if step.action is Action.ALLOCATE:
             transfers.append(Transfer(file, position + step.within, part, step.chunk, step.count, entry))
             continue
-        old = (volume.files.get(file_of(step.entry)), chunk_of(step.entry) << shift)
+        old = (files.get(file_of(step.entry)), chunk_of(step.entry) << chunk_shift)
         content = next(contents) if contents is not None else None
-        volume.stats.copied_chunks += 1
         transfers.append(
             Transfer(file, position, part, step.chunk, 1, entry, old=old, content=content, within=step.within)
         )

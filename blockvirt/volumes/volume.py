@@ -136,7 +136,7 @@ class Volume:
         if None in copies:
             return False
         try:
-            for transfer in assign(self, steps, data, copies):
+            for transfer in assign(self.files, self.tail, self.chunk_shift, steps, data, copies):
                 transfer.run()
                 self.stage_transfer(transfer)
         except BaseException:
@@ -173,6 +173,7 @@ class Volume:
 
     def stage_transfer(self, transfer: Transfer) -> None:
         """Stage the entries of a transfer whose data has been written."""
+        self.stats.copied_chunks += transfer.old is not None
         if transfer.first_entry:
             self.stage(transfer.chunk, transfer.count, transfer.first_entry | FRESH)
 
