@@ -153,6 +153,7 @@ async def test_fio_verifies_what_it_wrote(bench: Bench, transport: str, now: boo
         f"--uri={uri(bench, transport)}",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",  # else fio leaves its state in the current directory
         "--do_verify=1",
         "--output-format=json",
         *FIO_JOBS[job],
