@@ -36,8 +36,9 @@ class Exports:
         """See ExportDirectory."""
         volume = self._volume(name)
         return ExportInfo(
-            name=name,
-            description=f"volume {volume.name}" if volume.name != name else "",
+            # The same under all of its export names: sessions of one volume must know of one another.
+            name=volume.name,
+            description="",
             size_bytes=volume.size_bytes,
             block_bytes=volume.chunk_bytes,
             capabilities=Capabilities(),
