@@ -64,7 +64,6 @@ class Volume:
         self._mask = self.chunk_bytes - 1
         self._leaves = self.map.leaves
         self._open_files = self.files.open_files
-        self._epoch = self.map.epoch
 
     # --- what the event loop answers at once ---------------------------------------------------------------------
 
@@ -117,7 +116,7 @@ class Volume:
             return False
         if within + length <= self.chunk_bytes:
             leaf = self._leaves.get(chunk >> SLOT_BITS)
-            if leaf is not None and leaf.birth == self._epoch:
+            if leaf is not None and leaf.birth == self.map.epoch:
                 entry = leaf.entries[chunk & SLOT_MASK]
                 if entry >= FRESH:
                     leaf.touched = True
