@@ -23,8 +23,14 @@ class TaskSet:
         """
         task = asyncio.create_task(work, name=f"{self._name}:{name}")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard if awaited else self._done)
+        task.add_done_callback(self._awaited_done if awaited else self._done)
         return task
+
+    def _awaited_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        # Who awaits it may have been cancelled meanwhile: asyncio would then log an error that nobody is to mend.
+        if not task.cancelled() and (error := task.exception()):
+            log.debug("task %s ended with %r", task.get_name(), error)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -60,6 +60,9 @@ class Puncher:
                 except BlockvirtError as error:
                     log.error("freed space is not given back for now: %s", error)
                     break
+                except Exception:  # a mistake of ours must not end the worker: freed space would never come back
+                    log.exception("freed space is not given back for now")
+                    break
                 await asyncio.sleep(PUNCH_PAUSE_S)
 
     def _batch(self, after: bytes) -> tuple[list[_Punch], bytes]:

@@ -15,7 +15,7 @@ from blockvirt.meta.store import Store
 from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import MIB
-from blockvirt.volumes import deletion, leftovers
+from blockvirt.volumes import deletion, leftovers, punch
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.punch import Puncher
@@ -335,3 +335,24 @@ async def test_a_disk_that_fails_under_a_left_journal_costs_one_volume(
             await pool.open(bad_id)
         await (await pool.open(good_id)).close()
     await (await pool.open(bad_id)).close()
+
+
+async def test_a_mistake_of_ours_does_not_end_the_puncher(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = await pool.open(await pool.volume(SIZE))
+    await write(handle, 0, b"a" * SIZE)
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def planted(*_arguments: object) -> None:
+        loop.call_soon_threadsafe(tried.set)
+        raise ZeroDivisionError("planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(punch, "punch_hole", planted)
+        await handle.zero(0, SIZE // 2, punch=True)
+        await handle._opened.checkpointer.run()
+        await tried.wait()
+        await asyncio.sleep(0)
+    await handle.zero(SIZE // 2, SIZE // 2, punch=True)
+    await handle.close()
+    await asyncio.wait_for(until(lambda: pool.engine.storage.status().used_bytes == 0), 10)
