@@ -155,6 +155,14 @@ class BackingFile:
         """Make the content durable. A failure is never retried: the kernel may have dropped the pages (I7)."""
         os.fdatasync(self.fd)
 
+    def forget_cached(self) -> None:
+        """Have what is read from now on come from the disk; everything that can be written must be synced.
+
+        After a failed write-back the kernel keeps the pages as clean ones: they would be read, and no sync would ever
+        write them.
+        """
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close the descriptor. Whoever wrote must have synced before: closing can lose the error."""
         if self.fd >= 0:

@@ -1,6 +1,8 @@
 """Journals that a dead daemon left behind: found at start, recovered before the volume is served again."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
@@ -10,7 +12,7 @@ from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
-from blockvirt.volumes.recovery import recover
+from blockvirt.volumes.recovery import go_back_to_disk, recover
 from blockvirt.volumes.volume import stopped_error
 
 log = logging.getLogger("blockvirt.recovery")
@@ -41,6 +43,8 @@ class Leftovers:
         if found is not None:
             await self._recover(record, branch, found, reason)
         elif reason:
+            with _in_our_words(record):
+                await context.threads.run(lambda: go_back_to_disk(context, branch))
 
             def clear(writer: Writer) -> None:
                 writer.put_record(Table.BRANCHES, number_key(branch.number), replace(branch, stopped=""))
@@ -50,13 +54,8 @@ class Leftovers:
     async def _recover(self, record: VolumeRecord, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
         if reason:
             found = replace(found, stop_reason=reason)
-        try:
+        with _in_our_words(record):
             done = await self._context.threads.run(lambda: recover(self._context, branch, found))
-        except OSError as error:
-            raise DeviceFault(
-                f"volume {record.name} cannot be recovered: {error}",
-                correction="mend the disk and open it again; its journal is still there",
-            ) from error
         await self._recount(branch.number)
         log.info(
             "volume %s recovered %s: %d frames, %d changes",
@@ -121,6 +120,17 @@ class Leftovers:
             if found is None:
                 return None
             return reader.record(VolumeRecord, Table.VOLUMES, found.volume_id.encode())
+
+
+@contextmanager
+def _in_our_words(record: VolumeRecord) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DeviceFault(
+            f"volume {record.name} cannot be recovered: {error}",
+            correction="mend the disk and open it again; nothing of it was removed",
+        ) from error
 
 
 def _in_use(store: Store, branch: int) -> list[tuple[FileRecord, int]]:

@@ -89,7 +89,7 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     files = _open(context, branch, records, replay)
     try:
         try:
-            _cut_and_sync(files)
+            _cut_and_sync(files, forget=not complete)
         except OSError:
             if not complete:
                 raise
@@ -99,13 +99,27 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
             replay = _replay(context, branch, records, frames)
             for file in files:
                 file.used_chunks = replay.used[file.number]
-            _cut_and_sync(files)
+            _cut_and_sync(files, forget=True)
         _commit(context, branch, records, replay)
     finally:
         for file in files:
             file.close()
     unlink_files(found.paths)
     return Recovery(branch.number, complete, len(frames), replay.changes)
+
+
+def go_back_to_disk(context: VolumeContext, branch: BranchRecord) -> None:
+    """Recover a branch that stopped without a journal: its map is whole, its files may not be what the cache says.
+
+    Blocks; run in a thread. Raises DeviceFault, OSError.
+    """
+    records = files_of(context.store, branch.number)
+    files = _open(context, branch, records, Replay(context, branch, records))
+    try:
+        _cut_and_sync(files, forget=True)
+    finally:
+        for file in files:
+            file.close()
 
 
 def replay_in_memory(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Replay:
@@ -161,10 +175,12 @@ def _open(context: VolumeContext, branch: BranchRecord, records: list[FileRecord
     return files
 
 
-def _cut_and_sync(files: list[BackingFile]) -> None:
+def _cut_and_sync(files: list[BackingFile], *, forget: bool) -> None:
     for file in files:
         file.cut()
         file.sync()
+        if forget:
+            file.forget_cached()
 
 
 def _commit(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay) -> None:

@@ -110,3 +110,29 @@ async def test_a_volume_that_works_is_not_reopened(pool: Pool) -> None:
     await handle.close()
     with pool.engine.store.read() as reader:
         assert not reader.count(Table.LEAVES)
+
+
+@pytest.mark.parametrize("journal", [True, False])
+async def test_a_reopened_volume_reads_what_is_on_disk(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, journal: bool
+) -> None:
+    # The kernel keeps pages that it failed to write, as clean ones: the next flush would find nothing to do.
+    handle = await pool.open(volume_id := await pool.volume(SIZE, "v"))
+    await write(handle, 0, b"a" * 4096)
+    await handle.flush()
+    if not journal:
+        await handle.close()
+        handle = await pool.open(volume_id)
+    await write(handle, 0, b"b" * 4096)
+    assert (handle._opened.volume.journal is not None) is journal
+    with monkeypatch.context() as patched:
+        FailingSyncs(patched, "files")
+        with pytest.raises(VolumeStopped):
+            await handle.flush()
+    await pool.engine.registry.reopen(volume_id)
+    await handle.close()
+    handle = await pool.open(volume_id)
+    assert not handle.read_now(0, memoryview(bytearray(4096))), "still in the page cache"
+    assert await read(handle, 0, 4096) == b"b" * 4096  # here it did reach the disk: only the answer was planted
+    await handle.close()
+    assert not findings(pool)
