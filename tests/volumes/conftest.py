@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockvirt.meta.findings import Finding, Severity
+from blockvirt.meta.keys import Table
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
@@ -56,6 +57,18 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.005)
+
+
+async def until_punched(pool: Pool) -> None:
+    """Return when all freed space is given back, and counted as such."""
+
+    def no_rows() -> bool:
+        with pool.engine.store.read() as reader:
+            return not reader.count(Table.PUNCH)
+
+    await until(no_rows)
+    async with pool.engine.storage.counting:  # the rows go a moment before the figures change
+        return
 
 
 async def write(handle: Handle, offset: int, data: bytes) -> None:

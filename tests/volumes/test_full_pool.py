@@ -1,6 +1,5 @@
 """A full pool (I10): only writes that need a new chunk fail; everything else works, and space comes back."""
 
-import asyncio
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from blockvirt.errors import PoolFull
-from blockvirt.meta.keys import Table
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
-from tests.volumes.conftest import Pool, findings, read, write
+from tests.volumes.conftest import Pool, findings, read, until_punched, write
 
 SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
 
@@ -38,14 +36,6 @@ async def fill(handle: Handle) -> int:
         except PoolFull:
             return chunk
     raise AssertionError("the pool never got full")
-
-
-async def until_punched(pool: Pool) -> None:
-    while True:
-        with pool.engine.store.read() as reader:
-            if not reader.count(Table.PUNCH):
-                return
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.requires("root", "loop", "mkfs.ext4")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store, Writer
-from tests.volumes.conftest import Pool, abandon, findings, read, write
+from tests.volumes.conftest import Pool, abandon, findings, read, until_punched, write
 
 BLOCK = 1024
 BLOCKS = 1500  # of 4 KiB chunks: a little less than one leaf
@@ -131,11 +130,7 @@ async def test_trimmed_space_goes_back_to_the_filesystem(pool: Pool) -> None:
     full = file.stat().st_blocks
     await handle.zero(0, SIZE, punch=True)
     await handle.close()
-    while True:
-        with pool.engine.store.read() as reader:
-            if not reader.count(Table.PUNCH):
-                break
-        await asyncio.sleep(0.01)
+    await until_punched(pool)
     assert file.stat().st_blocks * 512 < full * 512 - SIZE * 9 // 10
     assert pool.engine.storage.status().used_bytes == 0
     assert not findings(pool, leaks=True)
