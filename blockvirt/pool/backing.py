@@ -6,6 +6,7 @@ runs in threads. Positions and lengths are bytes, chunk numbers count from 0.
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from blockvirt.errors import DeviceFault
 from blockvirt.meta.records import FileRecord
 from blockvirt.syscalls import allocate, punch_hole, zero_range
+
+log = logging.getLogger("blockvirt.pool")
 
 _READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
 
@@ -87,11 +90,16 @@ class BackingFile:
         if not self.used_chunks:
             os.ftruncate(self.fd, 0)  # nothing in it was ever handed out: what is there must not show
         self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift
+        if self.reserved_chunks < self.used_chunks:
+            # Truncated from outside. What is left can be read; appending would fill the gap with zeros.
+            self.sealed = True
+            log.error("backing file %s is shorter than what was handed out in it: run 'blockvirt check'", self.path)
 
     def cut(self) -> None:
         """Cut the file back to the high-water mark: an address that was never journalled is handed out anew (I2)."""
-        os.ftruncate(self.fd, self.used_chunks << self._chunk_shift)
-        self.reserved_chunks = self.used_chunks
+        if self.reserved_chunks >= self.used_chunks:  # never longer: what was truncated from outside is not zeros
+            os.ftruncate(self.fd, self.used_chunks << self._chunk_shift)
+            self.reserved_chunks = self.used_chunks
 
     def reserve(self, chunks: int) -> None:
         """Allocate space for ``chunks`` more behind the reserved ones. OSError ENOSPC where there is none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.errors import DeviceFault
 from blockvirt.meta.store import Store, Writer
 from tests.volumes.conftest import Pool, abandon, findings, read, until_punched, write
 
@@ -164,3 +165,26 @@ async def test_closing_covers_what_was_written_while_a_checkpoint_ran(
     assert await read(handle, 0, 12288) == b"a" * 4096 + bytes(4096) + b"b" * 4096
     await handle.close()
     assert not findings(pool, leaks=True)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_truncated_file_is_an_error_and_never_zeros(pool: Pool, killed: bool) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096 * 8)
+    if killed:
+        await abandon(pool, power_cut=False)
+    else:
+        await handle.close()
+        await pool.close()
+    (file,) = (pool.device / "files").iterdir()
+    os.truncate(file, 4096 * 5)
+    await pool.start()
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 4096 * 5) == b"a" * 4096 * 5
+    for _attempt in range(2):
+        with pytest.raises(DeviceFault, match="ends"):
+            await read(handle, 4096 * 6, 4096)
+        await write(handle, 4096 * 20, b"b" * 4096)  # into a new file
+    assert await read(handle, 4096 * 20, 4096) == b"b" * 4096
+    await handle.close()
+    assert [finding.code for finding in findings(pool)] == ["file-short"]
