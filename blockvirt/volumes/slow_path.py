@@ -106,8 +106,9 @@ class SlowPath:
             run_all()
         volume.context.pressure.wrote(len(data))
         # A checkpoint may have filled up the room meanwhile; the entries belong to this operation alone (busy).
-        while not volume.has_journal_room(len(transfers)):
-            await self._make_journal_room(len(transfers))
+        changes = sum(1 for transfer in transfers if transfer.first_entry)
+        while changes and not volume.has_journal_room(changes):
+            await self._make_journal_room(changes)
         for transfer in transfers:
             volume.stage_transfer(transfer)
         volume.settle()

@@ -82,3 +82,17 @@ async def test_a_device_limit_is_kept_and_explained(tmp_path: Path) -> None:
     assert await fill(handle) == 15  # of the 16 chunks that were trimmed one is taken
     await handle.close()
     await pool.close()
+
+
+async def test_an_overwrite_in_a_thread_needs_no_journal(pool: Pool) -> None:
+    """A full disk may have no room for one (I10)."""
+    handle = await pool.open(volume_id := await pool.volume(MIB))
+    await write(handle, 0, b"a" * 4096)
+    await handle.close()
+    handle = await pool.open(volume_id)
+    pool.engine.context.pressure.high = True
+    assert not handle.write_now(0, memoryview(b"b"))
+    await handle.write(0, memoryview(b"b" * 4096))
+    assert await read(handle, 0, 4096) == b"b" * 4096
+    assert not list((pool.device / "journal").iterdir())
+    await handle.close()
