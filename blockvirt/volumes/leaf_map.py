@@ -1,6 +1,7 @@
 """The head's map in memory: leaves loaded on demand from the metadata store, dirty ones kept until a checkpoint."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ class LeafCache:
                 continue
             if leaf.touched or leaf.dirty or leaf.frozen:
                 leaf.touched = False
+                if leaf.dirty:
+                    other.ask_checkpoint()  # only that makes it leave: the budget holds for changed leaves too (I9)
                 self._ring.append((other, candidate))
             else:
                 del other.leaves[candidate]
@@ -63,7 +66,10 @@ class FrozenLeaf:
 class LeafMap:
     """The map of one branch's head in ``epoch``."""
 
-    def __init__(self, store: Store, branch: BranchRecord, cache: LeafCache) -> None:
+    def __init__(
+        self, store: Store, branch: BranchRecord, cache: LeafCache, ask_checkpoint: Callable[[], None] = lambda: None
+    ) -> None:
+        """``ask_checkpoint`` is called when the cache needs memory that changed leaves hold."""
         self.branch = branch.number
         self.epoch = branch.head_epoch
         self.leaves: dict[int, Leaf] = {}
@@ -71,6 +77,7 @@ class LeafMap:
         self._origins = origins(store, branch)
         self._store = store
         self._cache = cache
+        self.ask_checkpoint = ask_checkpoint
 
     def leaf(self, number: int) -> Leaf:
         """Return a leaf, from memory or by one seek in the metadata store (3 to 5 us)."""

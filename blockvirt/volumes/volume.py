@@ -45,7 +45,9 @@ class Volume:
         self.chunk_shift = context.chunk_shift
         self.chunk_bytes = 1 << context.chunk_shift
         self.tasks = TaskSet(f"volume {record.name}", on_failure=self._task_failed)
-        self.map = LeafMap(context.store, branch, context.cache)
+        self.checkpoint_due = asyncio.Event()
+        """Set when the journal, the dirty leaves or the age of a change ask for a checkpoint."""
+        self.map = LeafMap(context.store, branch, context.cache, self.checkpoint_due.set)
         self.files = BranchFiles(context, branch.number)
         self.tail = Tail(context, self.files, record, self.tasks)
         self.tail.mapped_chunks = branch.mapped_chunks
@@ -57,8 +59,6 @@ class Volume:
         """Addresses that lost their last entry since the last freeze: punched after the next commit."""
         self.failure: BlockvirtError | None = None
         """Why nothing is answered any more: VolumeStopped (I7), or the volume is being deleted."""
-        self.checkpoint_due = asyncio.Event()
-        """Set when the journal, the dirty leaves or the age of a change ask for a checkpoint."""
         self.age_timer: asyncio.TimerHandle | None = None
         self._changes: list[tuple[int, int, int]] = []
         self._mask = self.chunk_bytes - 1

@@ -1,0 +1,33 @@
+"""The budget of resident leaves: unused ones leave, changed ones ask for a checkpoint and then leave."""
+
+from pathlib import Path
+
+from blockvirt.limits import LEAF_CHUNKS
+from blockvirt.volumes.engine import EngineSettings
+from blockvirt.volumes.leaf_map import LEAF_MEMORY_BYTES
+from tests.volumes.conftest import SETTINGS, Pool, read, write
+
+LEAF_BYTES = LEAF_CHUNKS * SETTINGS.chunk_bytes
+LEAVES = 40
+BUDGET = 8
+
+
+async def test_the_budget_holds_for_read_and_for_changed_leaves(tmp_path: Path) -> None:
+    settings = EngineSettings(
+        chunk_bytes=SETTINGS.chunk_bytes,
+        metadata_reserve_bytes=SETTINGS.metadata_reserve_bytes,
+        checkpoint_age_s=3600.0,
+        leaf_cache_bytes=BUDGET * LEAF_MEMORY_BYTES,
+    )
+    pool = await Pool(tmp_path, settings).start()
+    handle = await pool.open(await pool.volume(LEAVES * LEAF_BYTES))
+    volume = handle._opened.volume
+    for leaf in range(LEAVES):
+        await write(handle, leaf * LEAF_BYTES, bytes([leaf + 1]))
+    assert volume.checkpoint_due.is_set() or volume.stats.checkpoints, "nothing asked for a checkpoint"
+    await handle._opened.checkpointer.run_all()
+    for leaf in range(LEAVES):
+        assert await read(handle, leaf * LEAF_BYTES, 2) == bytes([leaf + 1, 0])
+    assert len(volume.map.leaves) <= BUDGET + 1
+    await handle.close()
+    await pool.close()
