@@ -6,8 +6,10 @@ are plain columns, so that a pipe never gets less than the truth.
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,29 +42,45 @@ def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], output: str) -> None:
-    """Print a list."""
+    """Print a list; raises ClickException where stdout cannot take it."""
     rows = list(rows)
-    if output == "json":
-        _json(rows)
-    elif output == "csv":
-        _csv(rows, columns)
-    elif sys.stdout.isatty():
-        _drawn([column.title for column in columns], [_cells(row, columns, human=True) for row in rows], columns)
-    else:
-        _plain([[column.title for column in columns], *(_cells(row, columns, human=False) for row in rows)], columns)
+    with _whole():
+        if output == "json":
+            _json(rows)
+        elif output == "csv":
+            _csv(rows, columns)
+        elif sys.stdout.isatty():
+            _drawn([column.title for column in columns], [_cells(row, columns, human=True) for row in rows], columns)
+        else:
+            titles = [column.title for column in columns]
+            _plain([titles, *(_cells(row, columns, human=False) for row in rows)], columns)
 
 
 def show_one(item: Mapping[str, Any], columns: Sequence[Column], output: str) -> None:
-    """Print one thing, a line for each field."""
-    if output == "json":
-        _json(item)
-    elif output == "csv":
-        _csv([item], columns)
-    else:
-        cells = _cells(item, columns, human=sys.stdout.isatty())
-        width = max(len(column.title) for column in columns)
-        for column, cell in zip(columns, cells, strict=True):
-            click.echo(f"{column.title.lower():{width}}  {cell}".rstrip())
+    """Print one thing, a line for each field; raises ClickException where stdout cannot take it."""
+    with _whole():
+        if output == "json":
+            _json(item)
+        elif output == "csv":
+            _csv([item], columns)
+        else:
+            cells = _cells(item, columns, human=sys.stdout.isatty())
+            width = max(len(column.title) for column in columns)
+            for column, cell in zip(columns, cells, strict=True):
+                click.echo(f"{column.title.lower():{width}}  {cell}".rstrip())
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Have everything that is printed arrive before the command ends well."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough: that is no failure of ours
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail again at exit
+        raise click.ClickException(f"the output is not complete: {error.strerror}") from error
 
 
 def _json(value: Any) -> None:

@@ -202,3 +202,20 @@ async def test_client_commands_import_nothing_heavy(served: Api, tmp_path: Path,
     _, err = await process.communicate()
     assert process.returncode == 0, err.decode()
     assert err.decode().splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("output", ["table", "json", "csv"])
+@pytest.mark.parametrize("words", [("volume", "list"), ("volume", "show", "v")])
+async def test_an_output_that_could_not_be_written_is_no_success(
+    served: Api, tmp_path: Path, words: tuple[str, ...], output: str
+) -> None:
+    await served.call("POST", "/v1/volumes", {"size": 512, "name": "v"})
+    with open("/dev/full", "w") as full:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "blockvirt", "-s", str(tmp_path), *words, "-o", output),
+            stdout=full,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"Error: the output is not complete: No space left on device\n")
