@@ -62,6 +62,7 @@ NBD_DRAIN_S = 10.0  # at shutdown
 
 # --- API -----------------------------------------------------------------------------------------------------------
 API_MAX_BODY_BYTES = 64 * KIB  # the largest legal body is a few KiB of labels
+API_BODY_S = 30.0  # for a body to arrive: one that never ends must not hold a place among API_MAX_REQUESTS
 API_MAX_REQUESTS = 1_024  # running at once: with the largest bodies they hold 64 MiB
 API_MAX_JSON_DEPTH = 16  # our models nest a few levels; a deeper body only tries the parser
 API_PAGE_ITEMS = 100  # a screen or two

@@ -5,6 +5,7 @@ and the name it resolved in Host (so DNS rebinding shows there), and it cannot s
 without asking first. On the unix socket there is no browser, only the owner of the file.
 """
 
+import asyncio
 import ipaddress
 import re
 import socket
@@ -12,7 +13,7 @@ import socket
 from aiohttp import web
 
 from blockvirt.errors import BodyTooLarge, ForeignOrigin, InvalidRequest, WrongMediaType
-from blockvirt.limits import API_MAX_BODY_BYTES, API_MAX_JSON_DEPTH
+from blockvirt.limits import API_BODY_S, API_MAX_BODY_BYTES, API_MAX_JSON_DEPTH
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:[0-9]{1,5})?", re.ASCII)
 _STRINGS_AND_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
@@ -64,12 +65,32 @@ def check_media_type(request: web.Request) -> None:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Return the whole body; raises BodyTooLarge, and InvalidRequest for JSON that nests too deeply."""
+    """Return the whole body.
+
+    Raises WrongMediaType for a compressed one, BodyTooLarge, and InvalidRequest for JSON that nests too deeply and a
+    body that is broken or takes longer than API_BODY_S to arrive.
+    """
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        raise WrongMediaType(
+            f"a body with the content coding {coding[:80]!r} is not taken",
+            cause="no legal request is large enough to be worth compressing",
+            correction="send it as it is, without Content-Encoding",
+        )
     try:
-        raw = await request.read()
+        async with asyncio.timeout(API_BODY_S):
+            raw = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge(
             f"the body is larger than {API_MAX_BODY_BYTES} bytes", correction="no legal request needs as much"
+        ) from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(
+            "the body cannot be read", cause=str(error)[:200], correction="send it whole, with its Content-Length"
+        ) from None
+    except TimeoutError:  # else it would hold one of the requests that may run at once, for ever
+        raise InvalidRequest(
+            f"the body did not arrive within {API_BODY_S:g} s", correction="send it whole, with its Content-Length"
         ) from None
     if json_depth(raw) > API_MAX_JSON_DEPTH:
         raise InvalidRequest(

@@ -84,7 +84,7 @@ class UnitCreate(_Request):
 class DeviceCreate(_Request):
     """A directory to take into the pool as a device."""
 
-    path: str = Field(min_length=1, max_length=4096, description="An absolute path on the daemon's machine.")
+    path: str = Field(max_length=4096, pattern=r"^/[^\x00]*$", description="An absolute path on the daemon's machine.")
     name: str | None = Field(None, description="Made from the path where it is missing.")
     limit: Size | None = Field(None, description="Use at most so much of its filesystem.")
     reserve: Size | None = Field(None, description="Leave so much of its filesystem free; by default 1 %.")

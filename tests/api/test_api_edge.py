@@ -1,6 +1,7 @@
 """The edge: what is refused before a handler runs, what every error looks like, where the server listens."""
 
 import asyncio
+import gzip
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 from openapi_spec_validator import validate
 
-from blockvirt.api import app
+from blockvirt.api import app, guards
 from blockvirt.api.app import OPERATIONS
 from blockvirt.api.guards import json_depth
 from blockvirt.api.openapi import document
@@ -80,6 +81,29 @@ async def test_only_json_is_taken(api: Api, kind: str | None, tcp: bool) -> None
     refused = await api.call("POST", "/v1/volumes", data=b'{"size": 512}', headers=headers, tcp=tcp)
     assert (refused.status, refused.json["code"]) == (415, "unsupported-media-type")
     check_problem(refused)
+
+
+@pytest.mark.parametrize("data", [gzip.compress(b'{"size": 512}'), b"\x1f\x8b no gzip", b'{"size": 512}'])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "unheard-of"])
+async def test_compressed_bodies_are_not_taken(api: Api, data: bytes, coding: str) -> None:
+    refused = await api.call("POST", "/v1/volumes", data=data, headers=JSON | {"Content-Encoding": coding})
+    assert (refused.status, refused.json["code"]) == (415, "unsupported-media-type")
+    check_problem(refused)
+    assert "Content-Encoding" in refused.json["correction"]
+
+
+@pytest.mark.parametrize("ending", [b"Content-Length: 9\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel"])
+async def test_a_body_that_never_ends_is_not_waited_for(
+    api: Api, monkeypatch: pytest.MonkeyPatch, ending: bytes
+) -> None:
+    monkeypatch.setattr(guards, "API_BODY_S", 0.05)
+    reader, writer = await asyncio.open_unix_connection(str(api.unix_path))
+    writer.write(b"POST /v1/volumes HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + ending)
+    answer = await reader.readuntil(b"}")
+    assert answer.startswith(b"HTTP/1.1 422 ")
+    assert b"did not arrive" in answer
+    writer.close()
+    await writer.wait_closed()
 
 
 @pytest.mark.parametrize(

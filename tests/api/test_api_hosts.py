@@ -99,7 +99,14 @@ async def test_devices_over_http(api: Api) -> None:
     assert (await api.call("DELETE", "/v1/devices/full")).status == 409
     assert (await api.call("DELETE", "/v1/devices/none")).status == 404
     assert (await api.call("DELETE", "/v1/devices/fast")).json == made.json
-    for bad in ({}, {"path": ""}, {"path": "/x", "limit": "10G"}, {"path": 5}):
+    for bad in (
+        {},
+        {"path": ""},
+        {"path": "not/absolute"},
+        {"path": "/nul\0"},
+        {"path": "/x", "limit": "10G"},
+        {"path": 5},
+    ):
         assert (await api.call("POST", "/v1/devices", bad)).status == 422
 
 
