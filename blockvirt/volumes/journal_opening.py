@@ -2,7 +2,7 @@
 
 import errno
 
-from blockvirt.errors import PoolFull
+from blockvirt.errors import DeviceFault, PoolFull
 from blockvirt.limits import JOURNAL_FILE_BYTES
 from blockvirt.volumes.journal import Journal, JournalHeader
 from blockvirt.volumes.volume import Volume
@@ -24,7 +24,10 @@ async def open_journal(volume: Volume) -> None:
         journal = await context.threads.run(lambda: Journal.create(folder, header, volume.branch_record))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise DeviceFault(
+                f"no journal of volume {volume.record.name} can be made on {folder}: {error.strerror}",
+                correction="check the device's mount and its kernel messages",
+            ) from error
         raise PoolFull(
             f"no room for the journal of volume {volume.record.name} on {folder}",
             cause=f"it needs {2 * JOURNAL_FILE_BYTES} bytes and the filesystem is full",

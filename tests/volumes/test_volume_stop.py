@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import InUse, VolumeStopped
+from blockvirt.errors import DeviceFault, InUse, VolumeStopped
 from blockvirt.meta.keys import Table
 from tests.volumes.conftest import Pool, abandon, findings, read, write
 
@@ -147,3 +147,13 @@ async def test_a_reopened_volume_reads_what_is_on_disk(
     assert await read(handle, 0, 4096) == b"b" * 4096  # here it did reach the disk: only the answer was planted
     await handle.close()
     assert not findings(pool)
+
+
+async def test_a_journal_that_cannot_be_made_is_the_devices_fault(pool: Pool) -> None:
+    handle = await pool.open(await pool.volume(SIZE))
+    (pool.device / "journal").rename(pool.device / "elsewhere")
+    with pytest.raises(DeviceFault, match=r"no journal of volume .* can be made on .*: No such file"):
+        await write(handle, 0, b"x" * 4096)  # a bare ENOENT would reach the guest as "invalid argument"
+    (pool.device / "elsewhere").rename(pool.device / "journal")
+    await write(handle, 0, b"x" * 4096)
+    await handle.close()
