@@ -124,9 +124,10 @@ class Engine:
 def _open_store(state_dir: Path, settings: EngineSettings) -> Store:
     """Open the metadata, new where there never was any; a fault names the newest intact copy of it."""
     folders = remembered_folders(state_dir)
-    is_new = not (state_dir / "metadata" / DATA_FILE).exists()
+    data_file = state_dir / "metadata" / DATA_FILE
+    is_empty = not data_file.exists() or not data_file.stat().st_size
     try:
-        if is_new and folders:
+        if is_empty and folders:  # a new, empty pool would hide the one that is still on the devices
             raise MetadataFault(f"the metadata of the pool in {state_dir} is missing", correction="bring it back")
         return Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
     except MetadataFault as fault:

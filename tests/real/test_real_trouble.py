@@ -52,13 +52,16 @@ def change_metadata(daemon: Daemon, change: Callable[[Writer], None]) -> None:
 
 
 @pytest.mark.requires("qemu-io")
-def test_truncated_metadata_is_refused_and_the_newest_copy_brings_it_back(daemon: Daemon) -> None:
+@pytest.mark.parametrize("left", ["half", "nothing", "no file"])
+def test_truncated_metadata_is_refused_and_the_newest_copy_brings_it_back(daemon: Daemon, left: str) -> None:
     daemon.stop()
     daemon.start()  # makes a copy that knows v
     daemon.stop()
     data = daemon.state / "metadata" / "data.mdb"
     whole = data.read_bytes()
-    data.write_bytes(whole[: len(whole) // 2])
+    data.write_bytes(whole[: len(whole) // 2 if left == "half" else 0])
+    if left == "no file":
+        data.unlink()
     said = serve_refused(daemon)
     (copy, *_) = sorted((daemon.device / "metadata").glob("*.mdb"), reverse=True)
     assert str(copy) in said
