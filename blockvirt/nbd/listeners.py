@@ -1,6 +1,7 @@
 """Listening sockets: TCP, unix, and those that a service manager hands over; and who is at the other end."""
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -82,7 +83,7 @@ def activation_sockets(environ: MutableMapping[str, str], pid: int, name: str = 
     """Return the listening sockets that the service manager passed to process ``pid`` (sd_listen_fds(3)).
 
     With ``name`` only those called so in LISTEN_FDNAMES, if it names any. The variables are left in ``environ`` until
-    all takers are served: call ``clear_activation`` then.
+    all takers are served: call ``clear_activation`` then. Raises InvalidRequest for what may not be served.
     """
     if environ.get("LISTEN_PID") != str(pid):
         return []
@@ -95,11 +96,40 @@ def activation_sockets(environ: MutableMapping[str, str], pid: int, name: str = 
     for number in range(count):
         if name and name in names and (number >= len(names) or names[number] != name):
             continue
-        sock = socket.socket(fileno=_FIRST_ACTIVATED_FD + number)
+        try:
+            sock = socket.socket(fileno=_FIRST_ACTIVATED_FD + number)
+        except OSError as error:
+            raise InvalidRequest(
+                f"descriptor {_FIRST_ACTIVATED_FD + number} is no socket, although LISTEN_FDS says so",
+                cause=error.strerror or "",
+                correction="start the daemon through its socket unit, or without LISTEN_FDS",
+            ) from error
+        check_activated(sock)
         sock.setblocking(False)
         os.set_inheritable(sock.fileno(), False)
         found.append(sock)
     return found
+
+
+def check_activated(sock: socket.socket) -> None:
+    """Return if a socket from the service manager may be served; raises InvalidRequest.
+
+    The same addresses as for our own listeners: without credentials the network must not reach the volumes.
+    """
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise InvalidRequest(
+            f"the activated socket {sock.getsockname()!r} does not listen for connections",
+            correction="use ListenStream= and Accept=no in the socket unit",
+        )
+    if sock.family == socket.AF_UNIX:
+        return
+    host = sock.getsockname()[0] if sock.family in (socket.AF_INET, socket.AF_INET6) else ""
+    if not host or not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        raise InvalidRequest(
+            f"refused to serve the activated socket {sock.getsockname()!r}",
+            cause="this release has no TLS and no credentials: anybody who reaches the port could read every volume",
+            correction="give the socket unit a path or a loopback address: ListenStream=127.0.0.1:10809",
+        )
 
 
 def clear_activation(environ: MutableMapping[str, str]) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from blockvirt.errors import InUse, InvalidRequest
 from blockvirt.limits import UNIX_PATH_MAX_BYTES
+from blockvirt.nbd import listeners
 from blockvirt.nbd.client import NbdClient, NbdClientError
-from blockvirt.nbd.listeners import activation_sockets, clear_activation, unix_listener
+from blockvirt.nbd.listeners import activation_sockets, check_activated, clear_activation, unix_listener
 from blockvirt.nbd.server import NbdServer
 from blockvirt.testing.memory_volume import MemoryDisk, MemoryExports
 from blockvirt.units import MIB
@@ -141,6 +142,44 @@ def test_socket_activation_as_libnbd_does_it(monkeypatch: pytest.MonkeyPatch) ->
     command = ["nbdinfo", "--size", "--", "[", sys.executable, "-c", ACTIVATED, "]"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "1048576\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "listens", "refusal"),
+    [
+        (socket.AF_INET, ("127.0.0.1", 0), True, None),
+        (socket.AF_UNIX, "socket", True, None),
+        (socket.AF_INET, ("0.0.0.0", 0), True, "no TLS"),
+        (socket.AF_INET, ("127.0.0.1", 0), False, "Accept=no"),
+    ],
+)
+def test_which_activated_sockets_are_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: int,
+    address: str | tuple[str, int],
+    listens: bool,
+    refusal: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(family) as sock:
+        sock.bind(address)
+        if listens:
+            sock.listen()
+        if refusal is None:
+            check_activated(sock)
+        else:
+            with pytest.raises(InvalidRequest) as refused:
+                check_activated(sock)
+            assert refusal in refused.value.cause + refused.value.correction
+
+
+def test_a_descriptor_that_is_no_socket_is_explained() -> None:
+    environ = {"LISTEN_PID": "1", "LISTEN_FDS": "100000", "LISTEN_FDNAMES": "a:nbd"}
+    with open("/dev/null") as null, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(listeners, "_FIRST_ACTIVATED_FD", null.fileno())
+        with pytest.raises(InvalidRequest, match="is no socket"):
+            activation_sockets(environ, 1)
 
 
 async def test_ipv6_where_there_is_any() -> None:
