@@ -158,7 +158,7 @@ async def _copy_metadata(engine: Engine, state_dir: Path) -> None:
             except BlockvirtError as error:
                 log.error("no copy of the metadata in %s: %s", folder, error)
         try:
-            await engine.context.threads.run(partial(remember_folders, state_dir, folders))
+            await remember_folders(state_dir, folders)
         except OSError as error:
             log.error("cannot note where the copies of the metadata lie: %s", error)
         await asyncio.sleep(METADATA_COPY_INTERVAL_S)

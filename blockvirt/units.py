@@ -24,7 +24,7 @@ _PATTERN = re.compile(r"([0-9]{1,20}) ?([A-Za-z]*)", re.ASCII)
 def parse_size(text: str | int) -> int:
     """Return the number of bytes that ``text`` means; raises InvalidSize for anything else than a size.
 
-    Integers, and strings of digits alone, are bytes. Negative numbers, fractions and unknown units are refused.
+    Integers are bytes; strings need a unit. Negative numbers, fractions and unknown units are refused.
     """
     if isinstance(text, bool) or not isinstance(text, int | str):
         raise InvalidSize(f"{text!r} is not a size", correction="give bytes as an integer, or a string such as '10GiB'")
@@ -35,11 +35,11 @@ def parse_size(text: str | int) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise InvalidSize(
-            f"{text!r} is not a size", correction="write whole bytes, or a unit: '512MiB', '10GiB', '2TB'"
+            f"{text!r} is not a size", correction="write a whole number and a unit: '512MiB', '10GiB', '2TB'"
         )
     number, unit = int(match[1]), match[2]
     if not unit:
-        return number
+        raise InvalidSize(f"{text!r} has no unit", correction=f"write {number}B for bytes, or a unit: '{number}GiB'")
     if unit in _UNITS:
         return number * _UNITS[unit]
     letter = unit[0].upper()

@@ -15,7 +15,7 @@ from blockvirt.units import parse_size
 SIZE_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": "^[0-9]{1,20} ?(B|[KMGTP]i?B)?$", "examples": ["10GiB", "512MiB", "2TB"]},
+        {"type": "string", "pattern": "^[0-9]{1,20} ?(B|[KMGTP]i?B)$", "examples": ["10GiB", "512MiB", "2TB"]},
     ],
     "description": "Bytes, or a number with one of the units KiB MiB GiB TiB PiB (powers of 1024) or KB MB GB TB PB "
     "(powers of 1000). A bare 10G is refused: it means different sizes to different tools.",

@@ -69,3 +69,8 @@ def parse_labels(given: tuple[str, ...]) -> dict[str, str]:
             raise InvalidRequest(f"{text!r} is not a label", correction="write KEY=VALUE")
         labels[key] = value
     return labels
+
+
+def size_given(text: str) -> int | str:
+    """Return a size as the API takes it: on a command line a bare number can only be bytes."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else text

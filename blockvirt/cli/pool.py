@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from blockvirt.cli.client import segment
-from blockvirt.cli.context import Context, parse_labels, pass_context
+from blockvirt.cli.context import Context, parse_labels, pass_context, size_given
 from blockvirt.cli.output import Column, output_option, show_one, show_rows
 from blockvirt.errors import InvalidRequest
 
@@ -64,7 +64,8 @@ def add(
 ) -> None:
     """Take DIRECTORY into the pool: it gets a label file, and volumes may be placed on it."""
     body: dict[str, Any] = {"path": os.path.abspath(directory), "labels": parse_labels(labels)}
-    body |= {key: value for key, value in (("name", name), ("limit", limit), ("reserve", reserve)) if value is not None}
+    body |= {key: size_given(size) for key, size in (("limit", limit), ("reserve", reserve)) if size is not None}
+    body |= {"name": name} if name is not None else {}
     show_one(context.client.call("POST", "/v1/devices", body), DEVICES, output)
 
 

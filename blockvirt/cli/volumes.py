@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from blockvirt.cli.client import segment
-from blockvirt.cli.context import Context, parse_labels, pass_context
+from blockvirt.cli.context import Context, parse_labels, pass_context, size_given
 from blockvirt.cli.output import Column, output_option, show_one, show_rows
 
 LIST = (
@@ -64,7 +64,7 @@ def create(
 
     The same command again is no error: it shows the volume that is there.
     """
-    body: dict[str, Any] = {"size": size, "labels": parse_labels(labels)}
+    body: dict[str, Any] = {"size": size_given(size), "labels": parse_labels(labels)}
     if name is not None:
         body["name"] = name
     if devices or device_labels:
@@ -108,7 +108,7 @@ def resize(context: Context, volume: str, size: str, reconnect: bool, output: st
     New sessions see the new size. QEMU with a reconnect-delay comes back by itself when its session is dropped; then
     tell the guest with QMP block_resize.
     """
-    body = {"size": size, "reconnect": reconnect}
+    body = {"size": size_given(size), "reconnect": reconnect}
     _show(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
 
 

@@ -4,6 +4,7 @@ A copy is called ``metadata-MILLISECONDS-CRC.mdb``: when it was made (since the 
 its content (8 hex digits). So the newest intact one is found without reading anything else. All verbs block.
 """
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -12,6 +13,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import aiofiles
+import aiofiles.os
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import DeviceFault, MetadataFault
@@ -143,18 +147,18 @@ def restore(copy: MetadataCopy, metadata_dir: Path) -> Path | None:
     return aside
 
 
-def remember_folders(state_dir: Path, folders: Sequence[Path]) -> None:
+async def remember_folders(state_dir: Path, folders: Sequence[Path]) -> None:
     """Note in the state directory where copies lie: when the metadata is lost, so are the devices' paths.
 
     One absolute path a line. Raises OSError.
     """
     path, draft = state_dir / FOLDERS_FILE, state_dir / f"{FOLDERS_FILE}.new"
-    with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write("".join(f"{folder}\n" for folder in folders if "\n" not in str(folder)))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    _sync_directory(state_dir)
+    async with aiofiles.open(draft, "w", encoding="utf-8", errors="surrogateescape") as file:
+        await file.write("".join(f"{folder}\n" for folder in folders if "\n" not in str(folder)))
+        await file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())
+    await aiofiles.os.replace(draft, path)
+    await asyncio.to_thread(_sync_directory, state_dir)
 
 
 def remembered_folders(state_dir: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.limits import JOURNAL_FILE_BYTES
 from blockvirt.meta.records import BranchRecord, seal, unseal
 from blockvirt.pool.backing import sync_directory, unlink_files
+from blockvirt.units import KIB
 from blockvirt.volumes.journal_frames import (
     CHANGE,
     MARK_FRAME_BYTES,
@@ -28,7 +29,15 @@ from blockvirt.volumes.journal_frames import (
 BLOCK_BYTES = 4096
 FRAMES_AT_BYTES = 2 * BLOCK_BYTES
 FORMAT = 1
+FILE_SIZES_BYTES = (64 * KIB, 256 * KIB, JOURNAL_FILE_BYTES)
+"""The usual size is the last; the others are for full disks."""
 _MARK_ROOM_BYTES = 64 * MARK_FRAME_BYTES  # kept free for marks: a flush must not wait for room that maps used up
+
+
+def smallest_file_bytes(changes: int) -> int:
+    """Return the smallest size of journal that takes so many map changes in one frame."""
+    needed = FRAMES_AT_BYTES + frame_bytes(changes) + _MARK_ROOM_BYTES
+    return next(size for size in FILE_SIZES_BYTES if size >= needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,14 @@ def unpack_header(block: bytes) -> JournalHeader:
 class Journal:
     """The running journal of an open volume. Used on the event loop alone, but for ``sync`` and the constructors."""
 
-    def __init__(self, paths: tuple[Path, Path], fds: tuple[int, int], header: JournalHeader, branch: BranchRecord):
+    def __init__(
+        self,
+        paths: tuple[Path, Path],
+        fds: tuple[int, int],
+        header: JournalHeader,
+        branch: BranchRecord,
+        file_bytes: int = JOURNAL_FILE_BYTES,
+    ) -> None:
         self.paths = paths
         self.header = header
         self.generation = branch.covered_generation + 1
@@ -80,19 +96,26 @@ class Journal:
         """Map changes up to this frame survive power loss: by a durable mark, or by a checkpoint."""
         self.appended_bytes = 0
         self._fds = fds
+        self._file_bytes = file_bytes
         self._at = FRAMES_AT_BYTES
         self._may_switch = True
 
     @classmethod
-    def create(cls, device_path: Path, header: JournalHeader, branch: BranchRecord) -> "Journal":
-        """Make the pair: written, not just reserved, so that an append allocates nothing. Blocks (two syncs)."""
+    def create(
+        cls, device_path: Path, header: JournalHeader, branch: BranchRecord, file_bytes: int = JOURNAL_FILE_BYTES
+    ) -> "Journal":
+        """Make the pair: written, not just reserved, so that an append allocates nothing. Blocks (two syncs).
+
+        ``file_bytes`` is one of FILE_SIZES_BYTES.
+        """
+        assert file_bytes in FILE_SIZES_BYTES
         paths = journal_paths(device_path, branch.number)
         fds: list[int] = []
         try:
             for path in paths:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 fds.append(fd)
-                content = pack_header(header).ljust(JOURNAL_FILE_BYTES, b"\0")
+                content = pack_header(header).ljust(file_bytes, b"\0")
                 if os.pwrite(fd, content, 0) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fdatasync(fd)
@@ -102,20 +125,20 @@ class Journal:
                 os.close(fd)
             unlink_files(paths)
             raise
-        return cls(paths, (fds[0], fds[1]), header, branch)
+        return cls(paths, (fds[0], fds[1]), header, branch, file_bytes)
 
     def room(self) -> int:
         """Return how many map changes one more frame may hold."""
-        free = JOURNAL_FILE_BYTES - _MARK_ROOM_BYTES - self._at - frame_bytes(0)
+        free = self._file_bytes - _MARK_ROOM_BYTES - self._at - frame_bytes(0)
         return max(0, free // CHANGE.size)
 
     def half_full(self) -> bool:
         """Tell whether it is time for a checkpoint."""
-        return self._at > JOURNAL_FILE_BYTES // 2
+        return self._at > self._file_bytes // 2
 
     def fill_ratio(self) -> float:
         """Return how full the running generation's file is, 0 to 1."""
-        return (self._at - FRAMES_AT_BYTES) / (JOURNAL_FILE_BYTES - FRAMES_AT_BYTES)
+        return (self._at - FRAMES_AT_BYTES) / (self._file_bytes - FRAMES_AT_BYTES)
 
     def needs_mark(self) -> bool:
         """Tell whether there are map changes that no durable mark or checkpoint covers."""
@@ -129,13 +152,13 @@ class Journal:
 
     def mark(self, upto: int) -> bool:
         """Append a mark for the frames up to ``upto``; False where there is no room (a checkpoint must come first)."""
-        if self._at + MARK_FRAME_BYTES > JOURNAL_FILE_BYTES:
+        if self._at + MARK_FRAME_BYTES > self._file_bytes:
             return False
         self._write(*pack_mark(self.generation, self.sequence + 1, upto, self.chain))
         return True
 
     def _write(self, frame: bytes, crc: int) -> None:
-        assert self._at + len(frame) <= JOURNAL_FILE_BYTES
+        assert self._at + len(frame) <= self._file_bytes
         written = os.pwrite(self._fds[self.generation & 1], frame, self._at)
         if written != len(frame):
             raise OSError(errno.EIO, f"short write to {self.paths[self.generation & 1]}")
@@ -209,7 +232,8 @@ def read_journal(device_path: Path, device_id: str, branch: int) -> FoundJournal
             raise DeviceFault(
                 f"cannot read the journal {path}: {error.strerror}", correction="check the disk"
             ) from error
-    if any(len(content) != JOURNAL_FILE_BYTES or not any(content[:BLOCK_BYTES]) for content in contents):
+    sizes = {len(content) for content in contents}
+    if len(sizes) > 1 or sizes.pop() not in FILE_SIZES_BYTES or not all(any(each[:BLOCK_BYTES]) for each in contents):
         return None
     logs = (contents[0][FRAMES_AT_BYTES:], contents[1][FRAMES_AT_BYTES:])
     stops = [_stop_reason(content[BLOCK_BYTES:FRAMES_AT_BYTES]) for content in contents]

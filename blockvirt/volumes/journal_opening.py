@@ -3,16 +3,16 @@
 import errno
 
 from blockvirt.errors import DeviceFault, PoolFull
-from blockvirt.limits import JOURNAL_FILE_BYTES
-from blockvirt.volumes.journal import Journal, JournalHeader
+from blockvirt.limits import JOURNAL_FILE_BYTES, NBD_MAX_PAYLOAD_BYTES
+from blockvirt.volumes.journal import Journal, JournalHeader, smallest_file_bytes
 from blockvirt.volumes.volume import Volume
 
 
 async def open_journal(volume: Volume) -> None:
     """Give the volume a journal, on the device of its first backing file; raises PoolFull, DeviceFault.
 
-    Takes no account of the pool's fullness: trims and deletions need one in a full pool too (I10), and the reserve of
-    the device is there for that.
+    In a full pool it is a small one, taken from the reserve of the device: trims need a journal too, and they are what
+    makes room again (I10).
     """
     context = volume.context
     records = sorted(volume.files.records.items())
@@ -21,7 +21,13 @@ async def open_journal(volume: Volume) -> None:
     header = JournalHeader(context.pool_id, volume.map.branch, identities)
     folder = context.storage.path_of(records[0][1].device_id)
     try:
-        journal = await context.threads.run(lambda: Journal.create(folder, header, volume.branch_record))
+        context.storage.admit(records[0][1].device_id, 2 * JOURNAL_FILE_BYTES)
+        file_bytes = JOURNAL_FILE_BYTES
+    except PoolFull:
+        # Large enough for the most scattered request: each of its chunks a change of its own.
+        file_bytes = smallest_file_bytes(NBD_MAX_PAYLOAD_BYTES // volume.chunk_bytes + 2)
+    try:
+        journal = await context.threads.run(lambda: Journal.create(folder, header, volume.branch_record, file_bytes))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise DeviceFault(
@@ -30,7 +36,7 @@ async def open_journal(volume: Volume) -> None:
             ) from error
         raise PoolFull(
             f"no room for the journal of volume {volume.record.name} on {folder}",
-            cause=f"it needs {2 * JOURNAL_FILE_BYTES} bytes and the filesystem is full",
+            cause=f"it needs {2 * file_bytes} bytes and the filesystem is full",
             correction="free space on that filesystem, or add a device",
         ) from error
     volume.journal = journal

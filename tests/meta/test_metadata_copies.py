@@ -183,10 +183,10 @@ def test_a_copy_to_a_disk_that_is_too_small(store: Store, make_filesystem: Calla
     put(store, 0, 1)
 
 
-def test_where_copies_lie_is_noted_outside_the_metadata(tmp_path: Path) -> None:
+async def test_where_copies_lie_is_noted_outside_the_metadata(tmp_path: Path) -> None:
     assert remembered_folders(tmp_path) == []
     odd = Path("/disks/caf\udce9 1/metadata")
-    remember_folders(tmp_path, [Path("/disks/a/metadata"), odd])
+    await remember_folders(tmp_path, [Path("/disks/a/metadata"), odd])
     assert remembered_folders(tmp_path) == [Path("/disks/a/metadata"), odd]
-    remember_folders(tmp_path, [])
+    await remember_folders(tmp_path, [])
     assert remembered_folders(tmp_path) == []

@@ -134,7 +134,7 @@ async def test_metadata_comes_back_from_a_copy_and_no_address_is_used_twice(tmp_
     await write(handle, 0, b"a" * 4096)
     await handle._opened.checkpointer.run()
     write_copy(pool.engine.store, pool.device / "metadata", 1000.0)
-    remember_folders(pool.state_dir, [pool.device / "metadata"])
+    await remember_folders(pool.state_dir, [pool.device / "metadata"])
     await write(handle, 4096, b"SECRET" * 500)
     await handle.close()
     await pool.close()

@@ -10,7 +10,7 @@ from blockvirt.errors import PoolFull
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
-from tests.volumes.conftest import Pool, findings, read, until_punched, write
+from tests.volumes.conftest import Pool, abandon, findings, read, until_punched, write
 
 SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
 
@@ -96,3 +96,31 @@ async def test_an_overwrite_in_a_thread_needs_no_journal(pool: Pool) -> None:
     assert await read(handle, 0, 4096) == b"b" * 4096
     assert not list((pool.device / "journal").iterdir())
     await handle.close()
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+async def test_every_volume_can_trim_on_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
+    """Each needs a journal for that, and the reserve must suffice for all of them."""
+    pool = Pool(tmp_path, SETTINGS)
+    pool.device = small_disk / "device"
+    await pool.start()
+    volumes = [await pool.volume(4 * MIB) for _ in range(20)]
+    for volume_id in volumes:
+        handle = await pool.open(volume_id)
+        await write(handle, 0, b"x" * MIB)
+        await handle.close()
+    filler = await pool.open(await pool.volume(256 * MIB))
+    await fill(filler)
+    handles = [await pool.open(volume_id) for volume_id in volumes]
+    for handle in handles:
+        await handle.zero(0, MIB // 2, punch=True)
+        await handle.flush()
+    assert (pool.device / "journal").exists()
+    await abandon(pool, power_cut=False)
+    await pool.start()
+    for volume_id in volumes:
+        handle = await pool.open(volume_id)
+        assert await read(handle, 0, MIB) == bytes(MIB // 2) + b"x" * (MIB // 2)
+        await handle.close()
+    assert not findings(pool)
+    await pool.close()
