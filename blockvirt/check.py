@@ -18,8 +18,8 @@ from blockvirt.meta.verify import verify_pages, verify_records
 from blockvirt.pool.backing import backing_path
 from blockvirt.pool.devices import COPIES, FILES, claim_all
 from blockvirt.pool.lock import lock_pool
-from blockvirt.volumes.context import IoThreads
 from blockvirt.volumes.engine import EngineSettings, members_of, pool_record, volume_context
+from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.proof import MapProof
 from blockvirt.volumes.storage import PoolStorage
 

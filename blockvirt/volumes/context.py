@@ -1,19 +1,17 @@
 """What every open volume works with: the store, the pool's storage, threads, the leaf cache. Wired in the daemon."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from blockvirt.meta.keys import Table, number_key, split_pair
 from blockvirt.meta.records import FileRecord, VolumeRecord
 from blockvirt.meta.store import Store
+from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.pressure import WritePressure
-
-T = TypeVar("T")
 
 
 class Storage(Protocol):
@@ -48,21 +46,6 @@ class Storage(Protocol):
 
     def paths(self) -> Mapping[str, Path]:
         """Return the directories of the devices that can be used now, by device id."""
-
-
-class IoThreads:
-    """The threads for what would block the loop: cold reads, syncs, copies, file creation."""
-
-    def __init__(self, threads: int) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="blockvirt-io")
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread. Not cancelled once it runs: who is cancelled waits for its end in ``close``."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-    def close(self) -> None:
-        """Wait for what runs and end the threads."""
-        self._executor.shutdown(wait=True)
 
 
 @dataclass(frozen=True, slots=True)

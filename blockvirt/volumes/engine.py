@@ -34,8 +34,9 @@ from blockvirt.meta.store import Reader, Store
 from blockvirt.pool.devices import claim_all
 from blockvirt.pool.lock import lock_pool
 from blockvirt.tasks import TaskSet
-from blockvirt.volumes.context import IoThreads, VolumeContext
+from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.deletion import Deleter
+from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.pressure import WritePressure

@@ -61,18 +61,14 @@ class SlowPath:
         volume = self._volume
         volume.check()
         number = volume.inflight.enter()
-        task = volume.tasks.start(self._finish(work, number), "io", awaited=True)
+        future = volume.context.threads.submit(work)
+        future.add_done_callback(lambda _: volume.inflight.leave(number))
         try:
-            await asyncio.shield(task)
+            await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait({task})
+            await asyncio.wait({future})
+            future.exception()  # nobody else will ask
             raise
-
-    async def _finish(self, work: Callable[[], None], number: int) -> None:
-        try:
-            await self._volume.context.threads.run(work)
-        finally:
-            self._volume.inflight.leave(number)
 
     # --- write ---------------------------------------------------------------------------------------------------
 

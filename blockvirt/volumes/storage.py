@@ -30,7 +30,7 @@ from blockvirt.pool.space import (
     pool_totals,
 )
 from blockvirt.units import format_size
-from blockvirt.volumes.context import IoThreads
+from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.ports import DeviceStatus, PoolStatus
 
 log = logging.getLogger("blockvirt.pool")

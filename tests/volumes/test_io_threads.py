@@ -1,0 +1,66 @@
+"""Work in threads: every result arrives, failures too, together where they are ready together, and the end is clean."""
+
+import asyncio
+import threading
+
+import pytest
+
+from blockvirt.volumes.io_threads import IoThreads
+
+
+async def test_results_and_failures_arrive() -> None:
+    threads = IoThreads(3)
+
+    def fail() -> None:
+        raise OSError(5, "planted")
+
+    def stop() -> None:
+        raise StopIteration
+
+    futures = [threads.submit(lambda number=number: number * 2) for number in range(500)]  # type: ignore[misc]
+    assert [await future for future in futures] == [number * 2 for number in range(500)]
+    with pytest.raises(OSError, match="planted"):
+        await threads.run(fail)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await threads.run(stop)
+    assert await threads.run(lambda: "still here") == "still here"
+    threads.close()
+
+
+async def test_no_more_threads_than_allowed_and_none_without_work() -> None:
+    threads = IoThreads(2)
+    assert not threads._threads
+    await threads.run(lambda: None)
+    await threads.run(lambda: None)
+    assert len(threads._threads) == 1
+    gate = threading.Event()
+    futures = [threads.submit(gate.wait) for _ in range(6)]
+    assert len(threads._threads) == 2
+    gate.set()
+    await asyncio.wait(futures)
+    threads.close()
+
+
+async def test_a_cancelled_caller_costs_nobody_a_result_and_close_waits_for_the_work() -> None:
+    threads = IoThreads(1)
+    started, gate, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        gate.wait()
+        done.set()
+
+    running = asyncio.ensure_future(threads.run(work))
+    await asyncio.sleep(0)
+    behind = threads.submit(lambda: 7)
+    started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    gate.set()
+    assert await behind == 7
+    assert done.is_set()
+    last = threads.submit(lambda: 8)
+    threads.close()
+    assert await last == 8
+    assert not any(thread.name.startswith("blockvirt-io") for thread in threading.enumerate())
