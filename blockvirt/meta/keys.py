@@ -27,6 +27,17 @@ class Table(Enum):
     UNITS = b"units"  # (host id, number) -> UnitRecord
     VOLUME_UNITS = b"volume-units"  # (volume id, host id, number) -> nothing
     IDEMPOTENCY = b"idempotency"  # key -> IdempotencyRecord
+    VOLUME_BRANCHES = b"volume-branches"  # (volume id, branch number) -> nothing
+    SNAPSHOTS = b"snapshots"  # snapshot id -> SnapshotRecord
+    SNAPSHOT_NAMES = b"snapshot-names"  # volume id/name -> snapshot id
+    POINTS = b"points"  # (branch, epoch, who) -> nothing: what a branch must keep readable, beside its head
+    RECLAIM = b"reclaim"  # (branch, epoch) -> nothing: a point that went, what it alone saw is to be freed
+    SEALS = b"seals"  # (branch, epoch) -> nothing: a snapshot whose chunks have no checksums yet
+    CHECKSUMS = b"checksums"  # (file number, chunk number / 512) -> CRC-32C of sealed chunks
+    JOBS = b"jobs"  # job id -> JobRecord
+    SCHEDULES = b"schedules"  # schedule id -> ScheduleRecord
+    SCHEDULE_NAMES = b"schedule-names"  # name -> schedule id
+    TRASH = b"trash"  # volume id -> nothing
 
 
 POOL_KEY = b"pool"
@@ -77,3 +88,42 @@ def unit_key(host_id: str, number: int) -> bytes:
 def volume_unit_key(volume_id: str, host_id: str, number: int) -> bytes:
     """Key that lists a logical unit under its volume."""
     return f"{volume_id}/{host_id}/{number:08d}".encode()
+
+
+def volume_branch_key(volume_id: str, branch: int) -> bytes:
+    """Key that lists a branch under its volume."""
+    return f"{volume_id}/{branch:016x}".encode()
+
+
+def split_volume_branch(key: bytes) -> tuple[str, int]:
+    """Undo ``volume_branch_key``."""
+    volume_id, _, branch = key.decode().partition("/")
+    return volume_id, int(branch, 16)
+
+
+def snapshot_name_key(volume_id: str, name: str) -> bytes:
+    """Key of a snapshot's name: unique within its volume."""
+    return f"{volume_id}/{name}".encode()
+
+
+def snapshot_point_key(branch: int, epoch: int, snapshot_id: str) -> bytes:
+    """Key of the point that a snapshot keeps readable."""
+    return pair_key(branch, epoch) + b"s" + snapshot_id.encode()
+
+
+def child_point_key(branch: int, epoch: int, child: int) -> bytes:
+    """Key of the point that a branch with its origin there keeps readable."""
+    return pair_key(branch, epoch) + b"c" + number_key(child)
+
+
+def split_point(key: bytes) -> tuple[int, int, str | int]:
+    """Undo both: (branch, epoch, id of the snapshot or number of the child branch)."""
+    branch, epoch = split_pair(key[:16])
+    who = key[17:]
+    return branch, epoch, who.decode() if key[16:17] == b"s" else int.from_bytes(who, "big")
+
+
+def split_born(key: bytes) -> tuple[int, int, int]:
+    """Undo ``born_key``: (branch, birth epoch, leaf number)."""
+    branch, birth, leaf = _BORN.unpack(key)
+    return branch, birth, leaf

@@ -68,6 +68,10 @@ class VolumeRecord:
     placement_labels: dict[str, str] = field(default_factory=dict)
     """Only devices that carry all of these labels may hold its data; empty: any."""
     deleting: bool = False
+    trashed_s: float = 0.0
+    """When it was put into the trash; 0: it is not there."""
+    purge_at_s: float = 0.0
+    """When the trash lets go of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,10 @@ class BranchRecord:
     origin_branch: int = 0
     """0: no origin."""
     origin_epoch: int = 0
+    first_epoch: int = 0
+    """Epoch that the branch began in: no version of a leaf is older."""
+    pins: tuple[tuple[int, int], ...] = ()
+    """Further (branch, epoch) whose addresses its versions may hold: origins that its origin has let go of."""
     covered_generation: int = 0
     """Journal generations up to this one are in the map."""
     covered_sequence: int = 0
@@ -88,8 +96,11 @@ class BranchRecord:
     journal_chain: int = 0
     """CRC that the next generation's first frame continues from."""
     mapped_chunks: int = 0
+    """What the head sees, origins included."""
+    inherited_chunks: int = 0
+    """How many of these lie in files of other branches."""
     stopped: str = ""
-    """Why the volume stopped (I7), until an administrator reopens it."""
+    """Why the volume answers nothing (I7, or reverted under a guest), until an administrator reopens it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ class FileRecord:
     used_chunks: int = 0
     """High-water mark: chunk numbers below it have been handed out."""
     live_chunks: int = 0
-    """How many of them some map entry names."""
+    """How many of them some version of a leaf names."""
     sealed: bool = False
     """No chunk is appended any more (rotated)."""
 
@@ -143,8 +154,88 @@ class IdempotencyRecord:
     created_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """A snapshot: what its volume's head saw when ``epoch`` of ``branch`` was closed."""
+
+    id: str
+    volume_id: str
+    name: str
+    branch: int
+    epoch: int
+    size_bytes: int
+    """Of the volume at that time."""
+    created_s: float
+    mapped_chunks: int = 0
+    """What it sees, origins included."""
+    revision: int = 1
+    labels: dict[str, str] = field(default_factory=dict)
+    holds: tuple[str, ...] = ()
+    """Tags that each keep it from being deleted."""
+    group_id: str = ""
+    """Shared by the snapshots that were taken in one instant; empty: taken alone."""
+    schedule_id: str = ""
+    """The schedule that took it; empty: somebody asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """Something that takes time, and goes on after a restart."""
+
+    id: str
+    kind: str
+    """'flatten', 'reclaim' or 'purge'."""
+    state: str
+    """'queued', 'running', 'paused', 'done', 'failed' or 'cancelled'."""
+    subject: str
+    """What it works on, for people: the name of a volume or a snapshot."""
+    created_s: float
+    volume_id: str = ""
+    branch: int = 0
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    done_units: int = 0
+    total_units: int = 0
+    """0: not known yet. What a unit is depends on the kind."""
+    position: int = 0
+    """Where to go on after a restart; its meaning depends on the kind."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRecord:
+    """When snapshots are taken by themselves, of which volumes, and how many are kept."""
+
+    id: str
+    name: str
+    cron: str
+    """Five fields as in crontab(5), in UTC."""
+    created_s: float
+    volume_id: str = ""
+    """One volume; empty: those that carry ``labels``."""
+    labels: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, int] = field(default_factory=dict)
+    """Rule ('last', 'hourly' ...) -> how many; empty: nothing is ever pruned."""
+    paused: bool = False
+    revision: int = 1
+    last_run_s: float = 0.0
+    last_error: str = ""
+    missed_runs: int = 0
+    """Runs that did not take place because the daemon was down, or a volume could not be snapshotted."""
+
+
 Record = (
-    PoolRecord | DeviceRecord | VolumeRecord | BranchRecord | FileRecord | HostRecord | UnitRecord | IdempotencyRecord
+    PoolRecord
+    | DeviceRecord
+    | VolumeRecord
+    | BranchRecord
+    | FileRecord
+    | HostRecord
+    | UnitRecord
+    | IdempotencyRecord
+    | SnapshotRecord
+    | JobRecord
+    | ScheduleRecord
 )
 R = TypeVar("R", bound=Record)
 
@@ -197,5 +288,5 @@ def decode(cls: type[R], key: bytes, stored: bytes) -> R:
         raise MetadataFault(f"{what} has unknown fields {sorted(unknown)}", correction="use a newer blockvirt")
     for name, value in values.items():
         if isinstance(value, list):
-            values[name] = tuple(value)
+            values[name] = tuple(tuple(each) if isinstance(each, list) else each for each in value)
     return cls(**values)
