@@ -73,7 +73,8 @@ class Device:
             )
 
     def space(self) -> FilesystemSpace:
-        """Return the filesystem's space now; raises DeviceFault."""
+        """Return the filesystem's space now; raises DeviceFault, also where the path leads elsewhere by now."""
+        self.check_reachable()
         return space_at(self.path, self.record.name)
 
     def release(self) -> None:
@@ -155,7 +156,7 @@ def check_mount(path: Path, name: str) -> tuple[str, ...]:
         mount = mount_of(path)
     except OSError as error:
         raise missing(path, name, error) from error
-    if mount is None or mount.fs_type not in _WARNINGS:
+    if mount.fs_type not in _WARNINGS:
         return ()
     return (f"the filesystem of {path} ({mount.fs_type}) {_WARNINGS[mount.fs_type]}",)
 
@@ -222,11 +223,9 @@ def foreign(path: Path, name: str, label: DeviceLabel) -> DeviceFault:
 def _check_label(label: DeviceLabel | None, record: DeviceRecord, pool_id: str, path: Path) -> None:
     """Return if ``label`` is the one of ``record``; raises DeviceFault that says what it is instead."""
     if label is None:
-        mount = mount_of(path)
-        where = f"it lies on the filesystem mounted at {mount.point}" if mount is not None else ""
         raise DeviceFault(
             f"device {record.name}: {path} has no label ({LABEL_FILE}): is the disk mounted?",
-            cause=where,
+            cause=f"it lies on the filesystem mounted at {mount_of(path).point}",
             correction="mount the device's disk there and restart the daemon",
             reason="unlabelled",
             device=record.name,

@@ -2,7 +2,9 @@
 
 It did if the machine was not booted and the filesystem not mounted anew since. The kernel's boot id tells the first;
 the inode of ``/sys/fs/<type>/<block device>`` tells the second: it changes with each mount of the filesystem, but not
-with a new mount namespace, which a hardened systemd unit gets at every start.
+with a new mount namespace, which a hardened systemd unit gets at every start. Without a node there the boot id and the
+device number decide: a filesystem that was mounted anew is then taken for the same, which is right unless the kernel
+failed to write it back when it was unmounted.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ class PageCacheIdentity:
     filesystem: int
     """``st_dev`` of the device's directory."""
     mounted: int
-    """Inode of the filesystem's node in sysfs; 0 for a filesystem that has none (tmpfs, overlay, NFS)."""
+    """Inode of the filesystem's node in sysfs; 0 where there is none (tmpfs, overlay, NFS; no /sys)."""
 
     def to_text(self) -> str:
         """Return it as JSON."""
@@ -33,14 +35,6 @@ class PageCacheIdentity:
     def digest(self) -> str:
         """Return 16 hexadecimal digits of it: a journal's header holds one for each device of the volume."""
         return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
-
-
-def parse_identity(text: str) -> PageCacheIdentity | None:
-    """Undo ``to_text``; None for anything else, which equals no identity: recover as after a power cut."""
-    try:
-        return PageCacheIdentity(**json.loads(text))
-    except (ValueError, TypeError):
-        return None
 
 
 def identity_of(directory: Path) -> PageCacheIdentity:

@@ -74,7 +74,8 @@ def add_device(wanted: DeviceRecord, pool_id: str, members: Sequence[DeviceRecor
 
 
 def check_removable(device: Device) -> None:
-    """Return if no data is left on a device; raises InUse with the number of files."""
+    """Return if no data is left on a device; raises InUse with the number of files, DeviceFault for another disk."""
+    device.check_reachable()
     left = [entry.name for folder in (FILES, JOURNAL) for entry in (device.path / folder).iterdir()]
     if left:
         raise InUse(

@@ -15,7 +15,7 @@ from blockvirt.meta.records import DeviceRecord
 from blockvirt.pool.devices import Device, claim, claim_all
 from blockvirt.pool.labels import LABEL_FILE, DeviceLabel, read_label, write_label
 from blockvirt.pool.membership import add_device, check_removable, erase_device
-from blockvirt.pool.mounts import Mount, parse_mount
+from blockvirt.pool.mounts import Mount, mount_of, parse_mount
 
 POOL, OTHER_POOL = new_id(), new_id()
 Mounter = Callable[..., Path]
@@ -101,6 +101,35 @@ def test_a_disk_that_is_not_mounted_shows_no_label(tmp_path: Path) -> None:
     fault = refused(tmp_path / "disk", wanted(tmp_path / "disk"), "unlabelled")
     assert "is the disk mounted?" in fault.message
     assert "mounted at /" in fault.cause
+
+
+def test_a_mount_that_the_table_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As below a chroot whose root is a plain directory, where the table has no line for it."""
+    seen = mount_of(tmp_path)
+    real = Path.read_text
+    lines = real(Path("/proc/self/mountinfo")).splitlines()
+    other = f"9999999 1 {os.major(seen.filesystem)}:{os.minor(seen.filesystem)} /x /elsewhere rw - ext4 /dev/x rw"
+    tables = {
+        "hidden": [line for line in lines if parse_mount(line).filesystem != seen.filesystem],
+        "elsewhere": [other],
+        "none": [],
+    }
+    found = {}
+    for name, table in tables.items():
+        text = "\n".join(table)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", lambda path, text=text: text if path.name == "mountinfo" else real(path))
+            found[name] = mount_of(tmp_path)
+    assert {name: (mount.fs_type, mount.source) for name, mount in found.items()} == {
+        "hidden": ("", ""),
+        "elsewhere": ("ext4", "/dev/x"),
+        "none": ("", ""),
+    }
+    for mount in found.values():
+        top = Path(mount.point)
+        assert top in (tmp_path, *tmp_path.parents)
+        assert top.stat().st_dev == mount.filesystem == tmp_path.stat().st_dev
+        assert top == top.parent or top.parent.stat().st_dev != mount.filesystem
 
 
 def test_a_foreign_label_is_never_touched(tmp_path: Path) -> None:
@@ -229,8 +258,9 @@ def test_another_disk_mounted_over_one_in_use(tmp_path: Path, mount: Mounter, ma
     record = added(tmp_path / "disk")
     device: Device = claim(record, POOL)
     mount("-o", "loop", make_image("ext4", 16), at=tmp_path / "disk")
-    with pytest.raises(DeviceFault, match="now leads to another filesystem"):
-        device.check_reachable()
+    for use in (device.check_reachable, device.space, lambda: check_removable(device), lambda: erase_device(device)):
+        with pytest.raises(DeviceFault, match="now leads to another filesystem"):
+            use()
     refused(tmp_path / "disk", record, "unlabelled")
     device.release()
 
@@ -256,7 +286,8 @@ def test_a_line_of_the_mount_table() -> None:
     mount = parse_mount(
         r"36 35 8:1 /a /my\040disk rw,noatime shared:1 master:2 - ext4 /dev/sda\1341 ro,errors=remount-ro"
     )
-    assert mount == Mount("/my disk", "ext4", r"/dev/sda\1")
+    assert mount == Mount("/my disk", "ext4", r"/dev/sda\1", os.makedev(8, 1))
+    assert parse_mount("36 35 0:9 / /x rw - tmpfs  rw,size=1k").source == ""
     for line in ("", "36 35 8:1 / / rw", "36 35 - ext4 x rw"):
         with pytest.raises(ValueError, match="not a line"):
             parse_mount(line)
