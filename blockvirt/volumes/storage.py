@@ -93,7 +93,9 @@ class PoolStorage:
 
     def path_of(self, device_id: str) -> Path:
         """See Storage."""
-        return self._usable(device_id).path
+        device = self._usable(device_id)
+        device.check_reachable()  # who asks is about to open or make a file there
+        return device.path
 
     def _usable(self, device_id: str) -> Device:
         device = self._devices.get(device_id)
@@ -115,7 +117,7 @@ class PoolStorage:
 
     def paths(self) -> Mapping[str, Path]:
         """See Storage."""
-        return {device_id: device.path for device_id, device in self._devices.items()}
+        return {device_id: device.path for device_id, device in self._devices.items() if _is_reachable(device)}
 
     def place(self, volume: VolumeRecord, needed_bytes: int) -> str:
         """See Storage."""
@@ -337,6 +339,14 @@ def _in_use(device: Device, space: DeviceSpace) -> DeviceStatus:
         labels=record.labels,
         problem="; ".join(device.warnings),
     )
+
+
+def _is_reachable(device: Device) -> bool:
+    try:
+        device.check_reachable()
+    except DeviceFault:
+        return False
+    return True
 
 
 def _space_of_parent(path: Path, name: str) -> FilesystemSpace:

@@ -3,18 +3,20 @@
 import asyncio
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import PoolFull
+from blockvirt.errors import DeviceFault, PoolFull
 from blockvirt.ids import new_id
 from blockvirt.limits import MAX_DEVICES
 from blockvirt.lun.address import CHUNK_MASK, chunk_of, file_of
 from blockvirt.meta.keys import Table
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import KIB, MIB
+from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.journal import Journal, JournalHeader, pack_header, unpack_header
 from tests.volumes.conftest import Pool, abandon, findings, read, until, write
@@ -187,3 +189,46 @@ async def test_a_journal_header_names_every_device_that_a_pool_may_have(pool: Po
     identity = pool.engine.storage.identity_of(device_id)
     header = JournalHeader(new_id(), 2**31, {new_id(): identity for _ in range(MAX_DEVICES)})
     assert unpack_header(pack_header(header)) == header
+
+
+async def test_a_disk_that_was_swapped_is_named_and_never_written_to(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = await pool.volume(MIB, "kept")
+    handle = await pool.open(kept)
+    await write(handle, 0, b"a" * 4096)
+    await handle.close()
+    doomed = await pool.volume(MIB, "doomed")
+    handle = await pool.open(doomed)
+    await write(handle, 0, b"b" * 4096)
+    await handle.close()
+    fresh = await pool.open(await pool.volume(MIB, "fresh"))
+    away = pool.device.with_name("away")
+    pool.device.rename(away)
+    for folder in ("files", "journal", "metadata"):
+        (pool.device / folder).mkdir(parents=True)
+    storage = pool.engine.storage
+    (status,) = storage.list()
+    assert (status.state, status.free_bytes) == ("moved", 0)
+    assert f"{pool.device} now leads to another" in status.problem
+    with pytest.raises(PoolFull) as caught:
+        await write(fresh, 0, b"c" * 4096)
+    assert f"disk1 cannot be used: device disk1: {pool.device} now leads to another" in caught.value.cause
+    with pytest.raises(DeviceFault, match="disk1.* now leads to another"):
+        await pool.open(kept)
+    with pytest.raises(DeviceFault, match="disk1.* now leads to another"):
+        storage.path_of(status.id)
+    assert not storage.paths(), "no copy of the metadata goes there"
+    await Catalogue(pool.engine.store, pool.engine.registry, storage).delete(doomed)
+    await until(lambda: "volume doomed is not wholly deleted yet" in caplog.text)
+    assert not [path for path in pool.device.rglob("*") if path.is_file()]
+    await fresh.close()
+    shutil.rmtree(pool.device)
+    away.rename(pool.device)
+    pool.engine.registry.wake_deleter()
+    await until(lambda: len(list((pool.device / "files").iterdir())) == 1)  # the other's file was not forgotten
+    handle = await pool.open(kept)
+    assert await read(handle, 0, 4096) == b"a" * 4096
+    await write(handle, 4096, b"d" * 4096)
+    await handle.close()
+    assert not findings(pool)
