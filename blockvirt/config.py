@@ -13,10 +13,11 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from blockvirt.api.server import check_listen_host, check_unix_path
+from blockvirt.api.server import check_listen_host
 from blockvirt.errors import InvalidRequest
 from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, METADATA_RESERVE_BYTES
 from blockvirt.units import MIB, format_size, parse_size
+from blockvirt.unix_listener import check_unix_path
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 NOWHERE = "none"

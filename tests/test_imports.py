@@ -42,10 +42,13 @@ IMPURE_LIBRARIES = {"asyncio", "os", "time", "random", "secrets", "socket", "thr
 
 VOCABULARY = {
     f"blockvirt.{name}"
-    for name in ("checksum", "clock", "device", "errors", "ids", "limits", "notify", "syscalls", "tasks", "units")
+    for name in (
+        *("checksum", "clock", "device", "errors", "ids", "limits", "notify", "syscalls", "tasks", "units"),
+        "unix_listener",
+    )
 }
 # Parts of the vocabulary that touch the world: not for pure modules. device.py names asyncio.Future as a type only.
-IMPURE_VOCABULARY = {"blockvirt.clock", "blockvirt.notify", "blockvirt.syscalls", "blockvirt.tasks"}
+IMPURE_VOCABULARY = {f"blockvirt.{name}" for name in ("clock", "notify", "syscalls", "tasks", "unix_listener")}
 
 
 @cache

@@ -2,13 +2,12 @@
 
 import os
 import socket
-import stat
 
 from aiohttp import web
 
 from blockvirt.api.guards import is_loopback
 from blockvirt.errors import InUse, InvalidRequest
-from blockvirt.limits import UNIX_PATH_MAX_BYTES
+from blockvirt.unix_listener import UnixListener, check_unix_path, listen_on_unix
 
 DRAIN_S = 5.0  # how long requests that run at the stop may take
 
@@ -30,46 +29,31 @@ class ApiServer:
         self._host = host
         self.port = port
         """The TCP port, the one picked after ``start``."""
-        self._socket_identity: tuple[int, int] | None = None
+        self._unix: UnixListener | None = None
 
     async def start(self) -> None:
         """Listen; raises InUse where another process does already."""
         await self._runner.setup()
         try:
-            listener = _bind_unix(self._unix_path)
-            status = os.stat(self._unix_path)
-            self._socket_identity = (status.st_dev, status.st_ino)
-            await web.SockSite(self._runner, listener).start()
+            self._unix = listen_on_unix(self._unix_path, 0o600)
+            await self._accept_on(self._unix.sock)
             if self._host is not None:
                 tcp = _bind_tcp(self._host, self.port)
                 self.port = tcp.getsockname()[1]
-                await web.SockSite(self._runner, tcp).start()
+                await self._accept_on(tcp)
         except BaseException:
             await self.stop()
             raise
 
+    async def _accept_on(self, listener: socket.socket) -> None:
+        await web.SockSite(self._runner, listener).start()
+
     async def stop(self) -> None:
-        """Stop listening, let what runs finish for ``DRAIN_S``, and take the socket file away."""
+        """Stop listening, take the socket file away, and let what runs finish for ``DRAIN_S``."""
+        if self._unix is not None:
+            self._unix.remove_file()
+            self._unix = None
         await self._runner.cleanup()
-        if self._socket_identity is not None:
-            try:
-                status = os.stat(self._unix_path)
-                if (status.st_dev, status.st_ino) == self._socket_identity:  # not somebody else's by now
-                    os.unlink(self._unix_path)
-            except FileNotFoundError:
-                pass
-            self._socket_identity = None
-
-
-def check_unix_path(path: str) -> None:
-    """Return if a unix socket can have this path; raises InvalidRequest."""
-    length = len(os.fsencode(path))
-    if length > UNIX_PATH_MAX_BYTES:
-        raise InvalidRequest(
-            f"the path of the unix socket has {length} bytes, {UNIX_PATH_MAX_BYTES} is the most: {path}",
-            cause="the kernel keeps the paths of unix sockets in 108 bytes",
-            correction="choose a state directory with a shorter path",
-        )
 
 
 def check_listen_host(host: str) -> None:
@@ -80,40 +64,6 @@ def check_listen_host(host: str) -> None:
             cause="this release has no TLS and no credentials: anybody who reaches the port could delete volumes",
             correction="listen on 127.0.0.1 or ::1 and forward a port over ssh; TLS and tokens come in a later release",
         )
-
-
-def _bind_unix(path: str) -> socket.socket:
-    _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o600)  # before listen(): nobody gets in between
-        listener.listen(128)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Take away the socket file of a process that is gone; raises InUse where it lives, or where it is no socket."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise InUse(
-            f"{path} is in the way: it is not a socket", correction="move it, or choose another state directory"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except FileNotFoundError:
-            return
-    raise InUse(f"another process listens on {path}", correction="stop it, or choose another state directory")
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:

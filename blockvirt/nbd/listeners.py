@@ -1,15 +1,14 @@
-"""Listening sockets: TCP, unix, and those that a service manager hands over; and who is at the other end."""
+"""Listening sockets: TCP, and those that a service manager hands over; and who is at the other end of either kind."""
 
 import errno
 import ipaddress
 import os
 import socket
-import stat
 import struct
 from collections.abc import MutableMapping
 
 from blockvirt.errors import InUse, InvalidRequest
-from blockvirt.limits import NBD_SEND_BUFFER_BYTES, UNIX_PATH_MAX_BYTES
+from blockvirt.limits import NBD_SEND_BUFFER_BYTES
 
 _BACKLOG = 128
 _FIRST_ACTIVATED_FD = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
@@ -34,49 +33,6 @@ def tcp_listener(family: int, address: tuple[object, ...]) -> socket.socket:
             ) from None
         raise
     return sock
-
-
-def unix_listener(path: str, mode: int) -> socket.socket:
-    """Return a socket that listens on ``path``; a dead socket there is replaced. Raises InvalidRequest, InUse, OSError.
-
-    ``mode`` are the permission bits: who may write to the socket may connect.
-    """
-    if len(os.fsencode(path)) > UNIX_PATH_MAX_BYTES:
-        raise InvalidRequest(
-            f"the socket path {path!r} has {len(os.fsencode(path))} bytes",
-            cause=f"the kernel takes at most {UNIX_PATH_MAX_BYTES} (sun_path)",
-            correction="use a shorter state directory, or a symbolic link to it",
-        )
-    _remove_dead_socket(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.bind(path)
-        os.chmod(path, mode)  # before listen(): until then nobody can connect
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _remove_dead_socket(path: str) -> None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise InUse(f"{path!r} exists and is not a socket", correction="remove it, or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            os.unlink(path)
-            return
-        except BlockingIOError:  # its queue is full, so somebody listens
-            pass
-    raise InUse(f"another program listens on {path!r}", correction="stop it, or choose another path")
 
 
 def activation_sockets(environ: MutableMapping[str, str], pid: int, name: str = "") -> list[socket.socket]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -12,12 +11,13 @@ from blockvirt.device import ExportDirectory
 from blockvirt.errors import ShuttingDown
 from blockvirt.ids import new_id
 from blockvirt.limits import NBD_DRAIN_S, NBD_HANDSHAKE_S, NBD_MAX_CONNECTIONS
-from blockvirt.nbd.listeners import prepare_connection, tcp_listener, unix_listener
+from blockvirt.nbd.listeners import prepare_connection, tcp_listener
 from blockvirt.nbd.negotiation import HandshakeFailed, OpenedExport, negotiate
 from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.nbd.stats import ServerStats, Traffic
 from blockvirt.tasks import TaskSet
+from blockvirt.unix_listener import UnixListener, listen_on_unix
 
 log = logging.getLogger("blockvirt.nbd")
 
@@ -76,7 +76,7 @@ class NbdServer:
         self._handshake_s = handshake_s
         self._max_connections = max_connections
         self._wall_clock = wall_clock
-        self._listeners: dict[socket.socket, str] = {}
+        self._listeners: dict[socket.socket, UnixListener | None] = {}
         self._connections: dict[str, _Connection] = {}
         self._tasks = TaskSet("nbd")
         self._closed_traffic: dict[str, Traffic] = {}
@@ -94,21 +94,22 @@ class NbdServer:
         for family, _type, _protocol, _name, address in found:
             chosen = (address[0], bound[0][1] if bound and port == 0 else address[1], *address[2:])
             sock = tcp_listener(family, chosen)
-            self._listen(sock, "")
+            self._listen(sock)
             bound.append(sock.getsockname()[:2])
         return bound
 
     async def listen_unix(self, path: str, mode: int = 0o600) -> None:
         """Listen on a unix socket at ``path``, removed again by ``stop``. Raises InvalidRequest, InUse, OSError."""
-        self._listen(unix_listener(path, mode), path)
+        unix = listen_on_unix(path, mode)
+        self._listen(unix.sock, unix)
 
     def adopt(self, sock: socket.socket) -> None:
         """Listen on a socket that already listens (``listeners.activation_sockets``)."""
         sock.setblocking(False)
-        self._listen(sock, "")
+        self._listen(sock)
 
-    def _listen(self, sock: socket.socket, path: str) -> None:
-        self._listeners[sock] = path
+    def _listen(self, sock: socket.socket, unix: UnixListener | None = None) -> None:
+        self._listeners[sock] = unix
         asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -315,9 +316,10 @@ class NbdServer:
         self._stopping = True
         loop = asyncio.get_running_loop()
         listeners, self._listeners = self._listeners, {}
-        for listener, path in listeners.items():
+        for listener, unix in listeners.items():
             loop.remove_reader(listener.fileno())
-            _unlink_own(listener, path)
+            if unix is not None:
+                unix.remove_file()
             listener.close()
         for connection in list(self._connections.values()):
             if connection.session is not None:
@@ -350,19 +352,4 @@ def _hang_up(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:  # not connected any more
-        pass
-
-
-def _unlink_own(listener: socket.socket, path: str) -> None:
-    """Remove a unix socket's file, unless somebody else has put theirs in its place and listens there."""
-    if not path:
-        return
-    listener.close()
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
         pass

@@ -9,7 +9,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from openapi_spec_validator import validate
@@ -279,25 +278,6 @@ async def test_the_socket_file_goes_with_the_server(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-async def test_a_stale_socket_is_taken_over_and_a_file_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "http.sock"
-    stale = socket.socket(socket.AF_UNIX)
-    stale.bind(str(path))
-    stale.close()
-    server = ApiServer(web.Application(), str(path))
-    await server.start()
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as client,
-        client.get("http://x/") as r,
-    ):
-        assert r.status == 404
-    await server.stop()
-    path.write_text("precious")
-    with pytest.raises(InUse, match="not a socket"):
-        await ApiServer(web.Application(), str(path)).start()
-    assert path.read_text() == "precious"
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org", "", "127.0.0.1.example.org"])
 def test_other_addresses_are_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(InvalidRequest, match="refused to listen") as caught:
@@ -311,8 +291,3 @@ async def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         with pytest.raises(InUse, match="cannot listen on"):
             await server.start()
     assert not (tmp_path / "s").exists()
-
-
-def test_long_socket_paths_are_explained() -> None:
-    with pytest.raises(InvalidRequest, match="107 is the most"):
-        ApiServer(web.Application(), "/" + "x" * 107)

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from blockvirt.errors import InUse, InvalidRequest
-from blockvirt.limits import UNIX_PATH_MAX_BYTES
 from blockvirt.nbd import listeners
 from blockvirt.nbd.client import NbdClient, NbdClientError
-from blockvirt.nbd.listeners import activation_sockets, check_activated, clear_activation, unix_listener
+from blockvirt.nbd.listeners import activation_sockets, check_activated, clear_activation
 from blockvirt.nbd.server import NbdServer
 from blockvirt.testing.memory_volume import MemoryDisk, MemoryExports
 from blockvirt.units import MIB
@@ -38,35 +37,6 @@ async def test_the_unix_socket_is_for_its_owner_and_goes_with_the_server(bench: 
     assert stat.S_IMODE(os.stat(bench.path).st_mode) == 0o600
     await bench.server.stop()
     assert not os.path.exists(bench.path)
-
-
-async def test_a_dead_socket_is_replaced_a_live_one_is_not(bench: Bench, short_tmp_path: Path) -> None:
-    dead = str(short_tmp_path / "dead")
-    with socket.socket(socket.AF_UNIX) as left_behind:
-        left_behind.bind(dead)
-    unix_listener(dead, 0o666).close()
-    assert stat.S_IMODE(os.stat(dead).st_mode) == 0o666
-    with pytest.raises(InUse, match="another program listens"):
-        unix_listener(bench.path, 0o600)
-    await bench.enter()
-    (short_tmp_path / "file").touch()
-    with pytest.raises(InUse, match="not a socket"):
-        unix_listener(str(short_tmp_path / "file"), 0o600)
-
-
-async def test_a_socket_that_somebody_else_made_is_left_alone(bench: Bench) -> None:
-    os.unlink(bench.path)
-    other = unix_listener(bench.path, 0o600)
-    await bench.server.stop()
-    assert os.path.exists(bench.path)
-    other.close()
-
-
-def test_a_long_path_is_explained() -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        unix_listener("/tmp/" + "x" * UNIX_PATH_MAX_BYTES, 0o600)
-    assert str(UNIX_PATH_MAX_BYTES) in refused.value.cause
-    assert "shorter" in refused.value.correction
 
 
 async def test_a_taken_port_is_explained(bench: Bench) -> None:
