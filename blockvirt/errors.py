@@ -145,6 +145,12 @@ class NotSupported(BlockvirtError):
     code, nbd_errno, http_status = "not-supported", errno.ENOTSUP, 501
 
 
+class MalformedRequest(BlockvirtError):
+    """Bytes that are not HTTP, or JSON that can be read in two ways."""
+
+    code, nbd_errno, http_status = "malformed-request", errno.EINVAL, 400
+
+
 class BodyTooLarge(BlockvirtError):
     """An HTTP body beyond ``limits.API_MAX_BODY_BYTES``."""
 

@@ -338,7 +338,7 @@ class Problem(_Answer):
     title: str
     status: int
     detail: str = Field(description="What happened, and to what.")
-    instance: str
+    instance: str | None = Field(None, description="The path asked for; missing where the request has none.")
     code: str = Field(description="Stable, for programs.")
     cause: str | None = Field(None, description="Why, where the detail alone does not say it.")
     correction: str | None = Field(None, description="What to do about it.")

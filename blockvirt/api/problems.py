@@ -49,8 +49,13 @@ def _escaped(part: str | int) -> str:
     return str(part)[:80].replace("~", "~0").replace("/", "~1")
 
 
-def problem_of(error: BlockvirtError, instance: str, request_id: str) -> Problem:
-    """Return the document for an error of the tree."""
+def new_request_id() -> str:
+    """Return what names a request in its answer and in the log."""
+    return secrets.token_hex(8)
+
+
+def problem_of(error: BlockvirtError, instance: str | None, request_id: str) -> Problem:
+    """Return the document for an error of the tree; ``instance`` is the path, None where that is not known."""
     return Problem(
         type=f"urn:blockvirt:problem:{error.code}",
         title=error.code.replace("-", " "),
@@ -67,12 +72,30 @@ def problem_of(error: BlockvirtError, instance: str, request_id: str) -> Problem
     )
 
 
+def our_mistake(request_id: str) -> BlockvirtError:
+    """Return the error for an exception that is none of the tree; the log has it under ``request_id``."""
+    return BlockvirtError(
+        "the request failed for a reason that is our mistake",
+        correction=f"look for request {request_id} in the daemon's log, and report it",
+    )
+
+
+def problem_answer(error: BlockvirtError, instance: str | None, request_id: str) -> web.Response:
+    """Return the answer that carries the document for an error of the tree."""
+    headers = {"X-Request-Id": request_id}
+    if isinstance(error, OperationPending | Overloaded):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    document = problem_of(error, instance, request_id)
+    body = document.model_dump_json(exclude_none=True).encode()
+    return web.Response(status=document.status, body=body, content_type=MEDIA_TYPE, headers=headers)
+
+
 @web.middleware
 async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request an id, and each failure a problem document; nothing else leaves as an error."""
-    request_id = secrets.token_hex(8)
+    request_id = new_request_id()
     request[REQUEST_ID] = request_id
-    headers: dict[str, str] = {}
+    allow = ""
     try:
         response = await handler(request)
         response.headers.setdefault("X-Request-Id", request_id)
@@ -80,29 +103,20 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     except BlockvirtError as failure:
         error = failure
     except web.HTTPException as failure:
-        error = _translated(request, failure)
-        if allow := failure.headers.get("Allow"):
-            headers["Allow"] = allow
+        error = translated(request, failure)
+        allow = failure.headers.get("Allow", "")
     except Exception:
         log.exception("request %s failed: %s %s", request_id, request.method, request.path)
-        error = BlockvirtError(
-            "the request failed for a reason that is our mistake",
-            correction=f"look for request {request_id} in the daemon's log, and report it",
-        )
+        error = our_mistake(request_id)
     if error.http_status >= 500:
         log.warning("request %s: %s %s: %s", request_id, request.method, request.path, error.message)
-    if isinstance(error, OperationPending | Overloaded):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    document = problem_of(error, request.path, request_id)
-    return web.Response(
-        status=document.status,
-        body=document.model_dump_json(exclude_none=True).encode(),
-        content_type=MEDIA_TYPE,
-        headers={"X-Request-Id": request_id, **headers},
-    )
+    answer = problem_answer(error, request.path, request_id)
+    if allow:
+        answer.headers["Allow"] = allow
+    return answer
 
 
-def _translated(request: web.Request, failure: web.HTTPException) -> BlockvirtError:
+def translated(request: web.BaseRequest, failure: web.HTTPException) -> BlockvirtError:
     """Return the error of the tree for one that aiohttp raised itself."""
     if failure.status == HTTPStatus.NOT_FOUND:
         return NotFound(

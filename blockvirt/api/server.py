@@ -1,10 +1,12 @@
 """Listening: a unix socket that only its owner may open, and loopback TCP. Nothing else without credentials and TLS."""
 
+import asyncio
 import os
 import socket
 
 from aiohttp import web
 
+from blockvirt.api.connection import Connection
 from blockvirt.api.guards import is_loopback
 from blockvirt.errors import InUse, InvalidRequest
 from blockvirt.unix_listener import UnixListener, check_unix_path, listen_on_unix
@@ -24,12 +26,13 @@ class ApiServer:
         if host is not None:
             check_listen_host(host)
         self.application = app
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_S)
+        self._runner = web.AppRunner(app, shutdown_timeout=DRAIN_S)
         self._unix_path = unix_path
         self._host = host
         self.port = port
         """The TCP port, the one picked after ``start``."""
         self._unix: UnixListener | None = None
+        self._accepting: list[asyncio.Server] = []
 
     async def start(self) -> None:
         """Listen; raises InUse where another process does already."""
@@ -46,13 +49,19 @@ class ApiServer:
             raise
 
     async def _accept_on(self, listener: socket.socket) -> None:
-        await web.SockSite(self._runner, listener).start()
+        server = self._runner.server
+        assert server is not None, "the runner is set up"
+        # Not by web.SockSite, whose connections would answer in plain text what is not HTTP.
+        accepting = await asyncio.get_running_loop().create_server(lambda: Connection(server), sock=listener)
+        self._accepting.append(accepting)
 
     async def stop(self) -> None:
         """Stop listening, take the socket file away, and let what runs finish for ``DRAIN_S``."""
         if self._unix is not None:
             self._unix.remove_file()
             self._unix = None
+        while self._accepting:
+            self._accepting.pop().close()
         await self._runner.cleanup()
 
 
