@@ -1,17 +1,18 @@
 """``blockvirt check``: the offline proof of a pool, and bringing back its metadata from a copy."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blockvirt.errors import BlockvirtError, InUse, MetadataFault
+from blockvirt.errors import BlockvirtError, DamagedRecord, InUse, MetadataFault
 from blockvirt.lun.leaf import decode
 from blockvirt.meta.copies import newest_intact, remembered_folders, restore
 from blockvirt.meta.datafile import DATA_FILE
-from blockvirt.meta.findings import Finding, Severity, corrupt
-from blockvirt.meta.keys import POOL_KEY, Table, number_key
+from blockvirt.meta.findings import Finding, Severity, corrupt, unchecked
+from blockvirt.meta.keys import POOL_KEY, Table, number_key, split_pair
 from blockvirt.meta.records import FileRecord, PoolRecord
 from blockvirt.meta.store import Store, Writer
 from blockvirt.meta.verify import verify_pages, verify_records
@@ -20,10 +21,13 @@ from blockvirt.pool.devices import COPIES, FILES, claim_all
 from blockvirt.pool.lock import lock_pool
 from blockvirt.volumes.engine import EngineSettings, members_of, pool_record, volume_context
 from blockvirt.volumes.io_threads import IoThreads
+from blockvirt.volumes.ports import DeviceStatus
 from blockvirt.volumes.proof import MapProof
 from blockvirt.volumes.storage import PoolStorage
 
 _FILE_NAME = re.compile(r"([0-9a-f]{8})-([0-9a-f]{7})", re.ASCII)
+
+_DAMAGED = ("damaged", "damaged-label")  # states of a device that is there, and not as it was left
 
 CLEAN, COULD_NOT_RUN, CORRUPT, LEAKS = 0, 1, 2, 3
 
@@ -37,18 +41,21 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 clean, 2 corrupt, 3 leaks only. (1, could not run, is an error raised.)"""
+        """0 clean, 1 not all could be looked at, 2 corrupt, 3 leaks only. (1 is also any error raised.)"""
         kinds = {finding.severity for finding in self.findings}
         if Severity.CORRUPT in kinds:
             return CORRUPT
+        if Severity.UNCHECKED in kinds:
+            return COULD_NOT_RUN
         return LEAKS if kinds else CLEAN
 
 
 def run(state_dir: Path, *, repair: bool, restore_metadata: bool, devices: Sequence[Path] = ()) -> Report:
     """Check the pool in ``state_dir``, which no daemon may hold.
 
-    ``repair`` frees leaks. ``restore_metadata`` first puts the newest intact copy of the metadata in place; it is
-    looked for on ``devices`` and where the daemon noted its devices last; intact metadata is never replaced.
+    ``repair`` frees leaks, if nothing else was found: what seems to be nobody's may belong to what was not seen.
+    ``restore_metadata`` first puts the newest intact copy of the metadata in place; it is looked for on ``devices`` and
+    where the daemon noted its devices last; intact metadata is never replaced.
     Raises PoolLocked, MetadataFault, DeviceFault.
     """
     if not state_dir.is_dir():
@@ -80,24 +87,63 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> 
     stack.callback(threads.close)
     storage = PoolStorage(store, threads, *claim_all(members, pool.id))
     stack.callback(storage.release)
-    findings += [
-        corrupt("device-unusable", f"device {status.name}", status.problem)
-        for status in storage.list()
-        if status.state != "online"
-    ]
+    out_of_use = {status.id: status for status in storage.list() if status.state != "online"}
+    findings += [_of_device(status) for status in out_of_use.values()]
     proof = MapProof(volume_context(EngineSettings(), pool, storage, store, threads))
-    findings += proof.run()
-    if repair and not any(finding.severity is Severity.CORRUPT for finding in findings):
+    unseen = {status.id for status in out_of_use.values() if status.state not in _DAMAGED}
+    findings += _believable(proof.run(), _half_seen(store, storage.paths(), unseen))
+    if repair and all(finding.severity is Severity.LEAK for finding in findings):
         freed = proof.repair()
         return _report([], f"{freed} leaks repaired" if freed else note)
+    if repair:
+        note = "; ".join(filter(None, (note, "nothing was repaired, as there is more than leaks")))
     return _report(findings, note)
+
+
+def _of_device(status: DeviceStatus) -> Finding:
+    finding = corrupt if status.state in _DAMAGED else unchecked
+    return finding("device-unusable", f"device {status.name}", status.problem)
+
+
+def _half_seen(store: Store, paths: Mapping[str, Path], unseen: AbstractSet[str]) -> set[str]:
+    """Return, by what the proof calls them, the branches with a file on an unseen device, and all files of these."""
+    files: dict[int, list[FileRecord]] = {}
+    with store.read() as reader:
+        for key, _ in reader.scan(Table.BRANCH_FILES):
+            branch, number = split_pair(key)
+            try:
+                file = reader.record(FileRecord, Table.FILES, number_key(number))
+            except DamagedRecord:
+                continue  # found by the walk over the records
+            if file is not None:
+                files.setdefault(branch, []).append(file)
+    names = set()
+    for branch, records in files.items():
+        if unseen & {record.device_id for record in records}:
+            names |= {f"branch {branch}", *(f"backing file {record.number}" for record in records)}
+            here = [record for record in records if record.device_id in paths]
+            names |= {str(backing_path(paths[record.device_id], branch, record.number)) for record in here}
+    return names
+
+
+def _believable(findings: Iterable[Finding], half_seen: AbstractSet[str]) -> Iterator[Finding]:
+    """Yield what the proof found, without verdicts on what it could see one half of only."""
+    for finding in findings:
+        if finding.what not in half_seen:
+            yield finding
+        elif finding.code in ("device-missing", "branch-unreadable"):
+            yield unchecked(finding.code, finding.what, finding.message)
+        elif finding.severity is not Severity.LEAK:  # what seems to be nobody's may be the unseen half's
+            yield finding
 
 
 def _report(findings: Iterable[Finding], note: str) -> Report:
     found = tuple(findings)
     corruptions = sum(1 for finding in found if finding.severity is Severity.CORRUPT)
-    leaks = len(found) - corruptions
+    leaks = sum(1 for finding in found if finding.severity is Severity.LEAK)
     words = "clean" if not found else f"{corruptions} corruptions, {leaks} leaks"
+    if corruptions + leaks < len(found):
+        words += f", {len(found) - corruptions - leaks} parts could not be looked at"
     return Report(found, f"{words}; {note}" if note else words)
 
 

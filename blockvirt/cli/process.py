@@ -120,7 +120,7 @@ def check(context: Context, repair: bool, restore_metadata: bool, devices: Seque
     \b
     Exit codes:
       0  clean
-      1  the check could not run
+      1  the check could not run, or not look at everything (a device is missing ...)
       2  corrupt: something that must hold does not
       3  leaks only: space that nothing refers to; --repair removes them
     """

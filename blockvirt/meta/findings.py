@@ -11,6 +11,8 @@ class Severity(Enum):
     """Something that must hold does not."""
     LEAK = "leak"
     """Space or rows that nothing refers to, as a crash may leave them; harmless, and ``check --repair`` removes it."""
+    UNCHECKED = "unchecked"
+    """It could not be looked at: nothing is known of it, good or bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +35,8 @@ def corrupt(code: str, what: str, message: str) -> Finding:
 def leak(code: str, what: str, message: str) -> Finding:
     """Return a finding that says that something is left over."""
     return Finding(Severity.LEAK, code, what, message)
+
+
+def unchecked(code: str, what: str, message: str) -> Finding:
+    """Return a finding that says that something could not be looked at."""
+    return Finding(Severity.UNCHECKED, code, what, message)

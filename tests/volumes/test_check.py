@@ -1,6 +1,7 @@
 """The offline check: clean pools are clean, damage is corrupt, what a crash leaves is a leak that repair frees."""
 
 import os
+import subprocess
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from blockvirt.meta.copies import remember_folders, write_copy
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import FileRecord, seal, unseal
 from blockvirt.meta.store import Store, Writer
+from blockvirt.pool.labels import LABEL_FILE
+from blockvirt.units import MIB
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.requests import NewVolume
 from tests.volumes.conftest import Pool, abandon, read, write
 
 
@@ -151,3 +156,86 @@ async def test_metadata_comes_back_from_a_copy_and_no_address_is_used_twice(tmp_
     assert await read(handle, 4096, 4096) == bytes(5000 - 4096) + b"b" + bytes(8192 - 5001)
     await handle.close()
     await pool.close()
+
+
+async def two_devices(tmp_path: Path) -> tuple[Pool, Path]:
+    """A pool at rest with a volume on each of two devices; returns the second, which is called 'two'."""
+    pool = await at_rest(tmp_path)
+    await pool.start()
+    await pool.engine.storage.add(str(tmp_path / "two"), "two", None, 0, {}, create=True)
+    catalogue = Catalogue(pool.engine.store, pool.engine.registry, pool.engine.storage)
+    made = await catalogue.create(NewVolume(size_bytes=MIB, name="other", placement_devices=("two",)))
+    handle = await pool.open(made.volume.id)
+    await write(handle, 0, b"x" * 4096)
+    await handle.close()
+    await pool.close()
+    return pool, tmp_path / "two"
+
+
+async def test_what_cannot_be_looked_at_is_not_corrupt(tmp_path: Path) -> None:
+    pool, device = await two_devices(tmp_path)
+    device.rename(tmp_path / "away")
+    stray = pool.device / "files" / "000000ff-00000ff"
+    stray.write_bytes(b"z" * 10_000)
+    report = run(pool.state_dir, repair=True, restore_metadata=False)
+    assert [(found.severity.value, found.code) for found in report.findings] == [
+        ("unchecked", "device-unusable"),
+        ("unchecked", "device-missing"),
+        ("leak", "file-stray"),
+    ]
+    assert (report.exit_code, report.summary) == (
+        1,
+        "0 corruptions, 1 leaks, 2 parts could not be looked at; nothing was repaired, as there is more than leaks",
+    )
+    assert stray.exists(), "what seems to be nobody's may belong to what was not seen"
+    (file,) = (path for path in (pool.device / "files").iterdir() if path != stray)
+    os.truncate(file, 4096)
+    report = run(pool.state_dir, repair=False, restore_metadata=False)
+    assert report.exit_code == 2, "corruption where it could look is corruption"
+    (tmp_path / "away").rename(device)
+    stray.unlink()
+    assert codes(pool) == ["file-short"]
+
+
+async def test_a_journal_that_names_a_missing_device_is_not_corrupt(pool: Pool, tmp_path: Path) -> None:
+    storage = pool.engine.storage
+    await storage.add(str(tmp_path / "two"), "two", None, 0, {}, create=True)
+    handle = await pool.open(await pool.volume(MIB))
+    await write(handle, 0, b"x" * 4096)
+    (first,) = handle._opened.volume.files.own()
+    other = next(status for status in storage.list() if status.id != first.device_id)
+    await handle._opened.volume.files.create(other.id, handle._opened.slow._admit_device)
+    await abandon(pool, power_cut=False)
+    Path(other.path).rename(tmp_path / "away")
+    report = run(pool.state_dir, repair=True, restore_metadata=False)
+    assert [(found.severity.value, found.code) for found in report.findings] == [
+        ("unchecked", "device-unusable"),
+        ("unchecked", "branch-unreadable"),
+    ], "and its file on the other device is nobody's leak"
+    assert report.exit_code == 1
+    assert first.path.exists()
+    (tmp_path / "away").rename(other.path)
+    assert codes(pool) == []
+    await pool.start()
+
+
+async def test_a_device_whose_label_is_damaged_is_corrupt(tmp_path: Path) -> None:
+    pool, device = await two_devices(tmp_path)
+    (device / LABEL_FILE).write_text("{}")
+    report = run(pool.state_dir, repair=False, restore_metadata=False)
+    assert ("corrupt", "device-unusable") in [(found.severity.value, found.code) for found in report.findings]
+    assert report.exit_code == 2
+
+
+@pytest.mark.requires("root")
+async def test_a_read_only_device_is_not_corrupt(tmp_path: Path) -> None:
+    pool = await at_rest(tmp_path)
+    for options in (["--bind", str(pool.device)], ["-o", "remount,ro,bind"]):
+        subprocess.run(["mount", *options, str(pool.device)], check=True)
+    try:
+        report = run(pool.state_dir, repair=False, restore_metadata=False)
+    finally:
+        subprocess.run(["umount", str(pool.device)], check=True)
+    assert report.exit_code == 1
+    assert "is read-only" in report.findings[0].message
+    assert codes(pool) == []
