@@ -22,6 +22,12 @@ class OpenVolumes(Protocol):
     def mapped_chunks(self, volume_id: str) -> int | None:
         """Return the live number of mapped chunks of an open volume; None when it is closed: ask its branch record."""
 
+    def stopped_reason(self, volume_id: str) -> str:
+        """Return why an open volume, or one that is being closed, has stopped (I7).
+
+        Empty where it has not, and when it is closed: ask its branch record.
+        """
+
     async def resize(self, volume_id: str, size_bytes: int) -> None:
         """Tell an open volume its new size, which is already durable; nothing to do for a closed one."""
 

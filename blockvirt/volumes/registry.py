@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from blockvirt.errors import BeingDeleted, InUse, NotFound, ShuttingDown
+from blockvirt.errors import BeingDeleted, InUse, NotFound, ShuttingDown, VolumeStopped
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.tasks import TaskSet
@@ -22,10 +22,12 @@ log = logging.getLogger("blockvirt.volumes")
 class _Slot:
     """One volume's place: who holds it, and a lock under which it opens and closes."""
 
-    __slots__ = ("handles", "lock", "opened")
+    __slots__ = ("closing", "handles", "lock", "opened")
 
     def __init__(self) -> None:
         self.opened: OpenVolume | None = None
+        self.closing: OpenVolume | None = None
+        """While it closes: only then does its record say why it stopped."""
         self.handles: set[Handle] = set()
         self.lock = asyncio.Lock()
 
@@ -84,8 +86,11 @@ class VolumeRegistry:
         async with slot.lock:
             if slot.handles or slot.opened is None:
                 return
-            opened, slot.opened = slot.opened, None
-            await opened.close()
+            slot.closing, slot.opened = slot.opened, None
+            try:
+                await slot.closing.close()
+            finally:
+                slot.closing = None
 
     # --- what the control plane asks (volumes.ports.OpenVolumes) ---------------------------------------------------
 
@@ -103,6 +108,13 @@ class VolumeRegistry:
         """See OpenVolumes."""
         slot = self._slots.get(volume_id)
         return slot.opened.volume.tail.mapped_chunks if slot is not None and slot.opened is not None else None
+
+    def stopped_reason(self, volume_id: str) -> str:
+        """See OpenVolumes."""
+        slot = self._slots.get(volume_id)
+        live = None if slot is None else slot.opened or slot.closing
+        failure = live.volume.failure if live is not None else None
+        return failure.cause if isinstance(failure, VolumeStopped) else ""
 
     async def resize(self, volume_id: str, size_bytes: int) -> None:
         """See OpenVolumes."""

@@ -26,8 +26,8 @@ class Volume:
     mapped_bytes: int
     chunk_bytes: int
     state: str
-    """'available', 'in-use' (a session is open), 'stopped' (a sync failed: it waits to be reopened) or 'damaged' (a
-    record of it is; its other figures mean nothing)."""
+    """'available', 'in-use' (a session is open), 'stopped' (a sync failed: it waits to be reopened, whether sessions
+    are open or not) or 'damaged' (a record of it is; its other figures mean nothing)."""
     created_s: float
     revision: int
     sessions: int = 0
@@ -73,7 +73,7 @@ def carries_labels(reader: Reader, volume_id: str, labels: Mapping[str, str]) ->
 def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: OpenVolumes) -> Volume:
     """Return the view of a volume whose own record is at hand; raises DamagedRecord for those around it."""
     mapped_chunks = open_volumes.mapped_chunks(record.id)
-    stopped = ""
+    stopped = open_volumes.stopped_reason(record.id)
     if mapped_chunks is None:
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
         if branch is None:
@@ -81,7 +81,7 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
                 f"volume {record.name!r} names branch {record.branch}, which does not exist",
                 correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back an intact copy",
             )
-        mapped_chunks, stopped = branch.mapped_chunks, branch.stopped
+        mapped_chunks, stopped = branch.mapped_chunks, stopped or branch.stopped
     sessions = open_volumes.sessions_of(record.id)
     return Volume(
         id=record.id,

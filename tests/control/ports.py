@@ -90,6 +90,10 @@ class OpenVolumes:
         """What a test said."""
         return self.live_chunks.get(volume_id)
 
+    def stopped_reason(self, volume_id: str) -> str:
+        """What a test stopped."""
+        return "a test" if volume_id in self.stopped else ""
+
     async def resize(self, volume_id: str, size_bytes: int) -> None:
         """Remember the size."""
         self.sizes[volume_id] = size_bytes

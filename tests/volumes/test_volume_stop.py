@@ -1,5 +1,6 @@
 """I7: after one failed sync or commit nothing more is acknowledged, until an administrator reopens the volume."""
 
+import asyncio
 import errno
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from blockvirt.errors import DeviceFault, InUse, VolumeStopped
 from blockvirt.meta.keys import Table
+from blockvirt.volumes.catalogue import Catalogue
 from tests.volumes.conftest import Pool, abandon, findings, read, write
 
 SIZE = 64 * 4096
@@ -156,4 +158,30 @@ async def test_a_journal_that_cannot_be_made_is_the_devices_fault(pool: Pool) ->
         await write(handle, 0, b"x" * 4096)  # a bare ENOENT would reach the guest as "invalid argument"
     (pool.device / "elsewhere").rename(pool.device / "journal")
     await write(handle, 0, b"x" * 4096)
+    await handle.close()
+
+
+async def test_a_stopped_volume_is_shown_as_such_at_every_moment(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE, "v"))
+    catalogue = Catalogue(pool.engine.store, pool.engine.registry, pool.engine.storage)
+    assert catalogue.get("v").state == "in-use"
+    await write(handle, 0, b"a" * 4096)
+    with monkeypatch.context() as patched:
+        FailingSyncs(patched, "files")
+        with pytest.raises(VolumeStopped):
+            await handle.flush()
+    shown = catalogue.get("v")
+    assert (shown.state, shown.sessions) == ("stopped", 1), "its session is still open"
+    assert "Input/output error" in shown.damage
+    closing = asyncio.create_task(handle.close())
+    states = set()
+    while not closing.done():
+        states.add(catalogue.get("v").state)
+        await asyncio.sleep(0)
+    assert states == {"stopped"}
+    assert (catalogue.get("v").state, catalogue.get("v").sessions) == ("stopped", 0)
+    await pool.engine.registry.reopen(volume_id)
+    assert catalogue.get("v").state == "available"
+    handle = await pool.open(volume_id)
+    assert (catalogue.get("v").state, catalogue.get("v").damage) == ("in-use", "")
     await handle.close()
