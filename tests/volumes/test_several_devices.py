@@ -214,9 +214,9 @@ async def test_a_disk_that_was_swapped_is_named_and_never_written_to(
     with pytest.raises(PoolFull) as caught:
         await write(fresh, 0, b"c" * 4096)
     assert f"disk1 cannot be used: device disk1: {pool.device} now leads to another" in caught.value.cause
-    with pytest.raises(DeviceFault, match="disk1.* now leads to another"):
+    with pytest.raises(DeviceFault, match=r"disk1.* now leads to another"):
         await pool.open(kept)
-    with pytest.raises(DeviceFault, match="disk1.* now leads to another"):
+    with pytest.raises(DeviceFault, match=r"disk1.* now leads to another"):
         storage.path_of(status.id)
     assert not storage.paths(), "no copy of the metadata goes there"
     await Catalogue(pool.engine.store, pool.engine.registry, storage).delete(doomed)
