@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from blockvirt.api.services import Services
 
 _PLACEHOLDER = re.compile(r"{(\w+)}")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)  # one resource, one spelling
 _ETAG = re.compile(r'"([0-9]{1,18})"', re.ASCII)
 
 
@@ -141,8 +142,10 @@ async def arguments_of(operation: Operation, request: web.Request) -> tuple[dict
 def _path_value(name: str, text: str, kind: type) -> str | int:
     if kind is str:
         return text
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise InvalidRequest(f"{text[:80]!r} is not a {name}", correction="give a whole number from 0 on")
+    if _NUMBER.fullmatch(text) is None:
+        raise InvalidRequest(
+            f"{text[:80]!r} is not a {name}", correction="give a whole number from 0 on, without leading zeros"
+        )
     return int(text)
 
 

@@ -1,5 +1,6 @@
 """``blockvirt host`` and ``blockvirt lun``: who sees which volume under which number."""
 
+import re
 from typing import Any
 
 import click
@@ -8,6 +9,8 @@ from blockvirt.cli.client import segment
 from blockvirt.cli.context import Context, parse_labels, pass_context
 from blockvirt.cli.output import Column, output_option, show_one, show_rows
 from blockvirt.errors import InvalidRequest
+
+_UNIT = re.compile(r"([^/]+)/lun(0|[1-9][0-9]*)", re.ASCII)  # as units are exported: lun05 is not lun5
 
 HOSTS = (
     Column("NAME", "name"),
@@ -110,10 +113,10 @@ def map_(context: Context, host: str, volume: str, number: int | None, output: s
 @pass_context
 def unmap(context: Context, unit: str, force: bool, output: str) -> None:
     """Take a logical unit away from its host."""
-    host, slash, lun = unit.rpartition("/lun")
-    if not slash or not lun.isdigit():
+    match = _UNIT.fullmatch(unit)
+    if match is None:
         raise InvalidRequest(f"{unit!r} names no logical unit", correction="write HOST/lunN, such as web1/lun0")
-    path = f"/v1/hosts/{segment(host)}/luns/{lun}"
+    path = f"/v1/hosts/{segment(match[1])}/luns/{match[2]}"
     show_one(context.client.call("DELETE", path, query={"force": str(force).lower()}), UNITS, output)
 
 

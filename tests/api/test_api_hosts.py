@@ -44,8 +44,11 @@ async def test_what_a_mapping_may_not_do_over_http(api: Api) -> None:
         assert (await api.call("POST", "/v1/hosts/web1/luns", body)).status == 422
     assert (await api.call("POST", "/v1/hosts/web2/luns", {"volume": "w"})).status == 404
     assert (await api.call("POST", "/v1/hosts/web1/luns", {"volume": "none"})).status == 404
-    for path in ("/v1/hosts/web1/luns/x", "/v1/hosts/web1/luns/-1", "/v1/hosts/web1/luns/9999999999"):
-        assert (await api.call("GET", path)).status == 422
+    for number in ("x", "-1", "9999999999", "05", "+5", "5.0"):
+        assert (await api.call("GET", f"/v1/hosts/web1/luns/{number}")).status == 422, number
+    assert (await api.call("DELETE", "/v1/hosts/web1/luns/05")).status == 422
+    assert (await api.call("GET", "/v1/hosts/web1/luns/5")).status == 200
+    assert (await api.call("GET", "/v1/luns/web1/lun05/attach-info")).status == 404
     assert (await api.call("GET", "/v1/luns/web1/lun7/attach-info")).status == 404
     assert (await api.call("GET", "/v1/luns/web1/x/attach-info")).status == 404
 
