@@ -70,6 +70,8 @@ API_MAX_PAGE_ITEMS = 1_000  # all volumes in ten pages; a larger one would hold 
 IDEMPOTENCY_KEY_S = 24 * 3_600  # a day: longer than any client's retries
 MAX_IDEMPOTENCY_KEYS = 100_000  # more than one creation a second, all day long
 UNIX_PATH_MAX_BYTES = 107  # sun_path is 108 with its NUL
+CLI_MAX_HEAD_BYTES = 64 * KIB  # status line and headers of an answer: the daemon sends a few hundred bytes
+CLI_MAX_ANSWER_BYTES = 256 * MIB  # a page of API_MAX_PAGE_ITEMS hosts with 500 units each
 
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel

@@ -1,17 +1,17 @@
-"""Requests to the daemon, by its unix socket or by TCP, with nothing but the standard library."""
+"""Requests to the daemon, by its unix socket or by TCP, and its answers or what went wrong with them."""
 
-import http.client
 import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
 
 from blockvirt import __version__
+from blockvirt.cli.connection import Connection, NotHttp, connect_unix
 from blockvirt.errors import BlockvirtError, InvalidRequest
 
-_BYTES = "surrogateescape"  # words of the command line that are not UTF-8 travel as the bytes they are
+_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")  # RFC 3986, 2.3
 REQUEST_S = 120.0  # deleting with force waits for sessions to end
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_FOUND, EXIT_CONFLICT, EXIT_NO_SPACE = 1, 2, 3, 4, 5, 6
@@ -42,24 +42,6 @@ class Refused(BlockvirtError):
         return _EXIT_BY_STATUS.get(int(self.problem.get("status", 500)), EXIT_FAILED)
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=REQUEST_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the path."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(REQUEST_S)
-        try:
-            self.sock.connect(self._path)
-        except BaseException:
-            self.sock.close()
-            raise
-
-
 class Client:
     """One daemon. Connects at the first request and keeps the connection."""
 
@@ -68,28 +50,28 @@ class Client:
         self._state_dir = state_dir
         self._where = url or os.path.join(state_dir, "http.sock")
         if url is None:
-            self._connection: http.client.HTTPConnection = _UnixConnection(self._where)
+            self._connection = Connection(partial(connect_unix, self._where, REQUEST_S), "localhost")
         else:
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
-                raise InvalidRequest(f"{url!r} is not the URL of a daemon", correction="write http://127.0.0.1:8470")
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=REQUEST_S)
+            host, port = address_of(url)
+            shown = f"[{host}]" if ":" in host else host
+            self._connection = Connection(
+                partial(socket.create_connection, (host, port), REQUEST_S), shown if port == 80 else f"{shown}:{port}"
+            )
 
     def call(
         self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the daemon's JSON answer; raises Refused for a problem document and Unreachable for none."""
-        target = path + (f"?{urlencode(query, doseq=True, errors=_BYTES)}" if query else "")
+        target = path + (f"?{query_of(query)}" if query else "")
         headers = {"User-Agent": f"blockvirt/{__version__}"}
-        data = None
+        data = b""
         if body is not None:
             data = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         try:
-            self._connection.request(method, target, body=data, headers=headers)
-            response = self._connection.getresponse()
+            response = self._connection.request(method, target, headers, data)
             raw = response.read()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, NotHttp) as error:
             raise self._unreachable(error) from error
         try:
             answer = json.loads(raw)
@@ -126,11 +108,42 @@ class Client:
             )
         return Unreachable(
             f"no daemon answers at {self._where}",
-            cause=os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error),
+            cause=(error.strerror if isinstance(error, OSError) else None) or str(error),
             correction=f"start it with 'blockvirt -s {self._state_dir} serve', or name another one by -s or --url",
         )
 
 
+def address_of(url: str) -> tuple[str, int]:
+    """Return (host, port) of the URL of a daemon, http://HOST[:PORT]; raises InvalidRequest for any other."""
+    from urllib.parse import urlsplit  # brings ipaddress along: only where there is a URL
+
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port or 80
+        host = host.encode("idna").decode("ascii")
+    except ValueError:  # a port or a host that cannot be
+        scheme = host = ""
+    if scheme == "https":
+        raise InvalidRequest(
+            f"the daemon cannot be asked by {url!r}",
+            cause="this release speaks no TLS",
+            correction="write http://127.0.0.1:8470; to another machine, forward that port over ssh",
+        )
+    if scheme != "http" or not host or parts.path not in ("", "/"):
+        raise InvalidRequest(f"{url!r} is not the URL of a daemon", correction="write http://127.0.0.1:8470")
+    return host, port
+
+
+def query_of(values: Mapping[str, Any]) -> str:
+    """Return the query part of a URL, without '?'; a list gives its key once for each item."""
+    pairs = [(key, item) for key, value in values.items() for item in (value if isinstance(value, list) else [value])]
+    return "&".join(f"{segment(key)}={segment(str(item))}" for key, item in pairs)
+
+
 def segment(text: str) -> str:
-    """Return a name for a place in a path."""
-    return quote(text, safe="", errors=_BYTES)
+    """Return ``text``, percent-encoded (RFC 3986, 2.1), for one place in a path or a query.
+
+    Words of the command line that are not UTF-8 travel as the bytes they are.
+    """
+    octets = text.encode(errors="surrogateescape")
+    return "".join(chr(octet) if octet in _UNRESERVED else f"%{octet:02X}" for octet in octets)

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -39,7 +38,8 @@ def default_state_dir() -> str:
     """Return where the daemon keeps its state if nobody says: the system's place for root, the user's otherwise."""
     if os.geteuid() == 0:
         return "/var/lib/blockvirt"
-    return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "blockvirt")
+    # os.path: pathlib brings urllib and ipaddress along, 3 ms of every command.
+    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "blockvirt")
 
 
 def report(error: BlockvirtError, *, as_json: bool) -> int:

@@ -1,6 +1,7 @@
 """The entry point: global options, the groups of commands, and one place where failures become words and exit codes."""
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from itertools import pairwise
 
 import click
@@ -8,11 +9,6 @@ import click
 from blockvirt import __version__
 from blockvirt.cli.client import EXIT_FAILED
 from blockvirt.cli.context import Context, default_state_dir, report
-from blockvirt.cli.hosts import host_group, lun_group
-from blockvirt.cli.pool import device_group, pool_group
-from blockvirt.cli.process import check, serve, status
-from blockvirt.cli.sessions import session_group
-from blockvirt.cli.volumes import volume_group
 from blockvirt.errors import BlockvirtError
 
 EXIT_CODES = """\b
@@ -27,7 +23,98 @@ Exit codes:
 ('check' has its own, see there.)"""
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+def _volume() -> click.Command:
+    from blockvirt.cli.volumes import volume_group
+
+    return volume_group
+
+
+def _host() -> click.Command:
+    from blockvirt.cli.hosts import host_group
+
+    return host_group
+
+
+def _lun() -> click.Command:
+    from blockvirt.cli.hosts import lun_group
+
+    return lun_group
+
+
+def _device() -> click.Command:
+    from blockvirt.cli.pool import device_group
+
+    return device_group
+
+
+def _pool() -> click.Command:
+    from blockvirt.cli.pool import pool_group
+
+    return pool_group
+
+
+def _session() -> click.Command:
+    from blockvirt.cli.sessions import session_group
+
+    return session_group
+
+
+def _serve() -> click.Command:
+    from blockvirt.cli.process import serve
+
+    return serve
+
+
+def _check() -> click.Command:
+    from blockvirt.cli.process import check
+
+    return check
+
+
+def _status() -> click.Command:
+    from blockvirt.cli.process import status
+
+    return status
+
+
+class Commands(MutableMapping[str, click.Command]):
+    """Commands by name, each imported when it is asked for: a listing waits for none of the others."""
+
+    def __init__(self, importers: Mapping[str, Callable[[], click.Command]]) -> None:
+        self._importers = dict(importers)
+
+    def __getitem__(self, name: str) -> click.Command:
+        return self._importers[name]()
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._importers[name] = lambda: command
+
+    def __delitem__(self, name: str) -> None:
+        del self._importers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._importers)
+
+    def __len__(self) -> int:
+        return len(self._importers)
+
+
+COMMANDS = Commands(
+    {
+        "volume": _volume,
+        "host": _host,
+        "lun": _lun,
+        "device": _device,
+        "pool": _pool,
+        "session": _session,
+        "serve": _serve,
+        "check": _check,
+        "status": _status,
+    }
+)
+
+
+@click.group(commands=COMMANDS, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-s",
     "--state-dir",
@@ -46,10 +133,6 @@ Exit codes:
 def cli(context: click.Context, state_dir: str, url: str | None) -> None:
     """Thin copy-on-write volumes for virtual machines, served over NBD."""
     context.obj = Context(state_dir, url)
-
-
-for command in (volume_group, host_group, lun_group, device_group, pool_group, session_group, serve, check, status):
-    cli.add_command(command)
 
 
 def main() -> None:

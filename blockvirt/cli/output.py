@@ -1,10 +1,9 @@
 """What commands print: tables for people, JSON and CSV for programs.
 
-On a terminal sizes are rounded ('1.5GiB') and tables are drawn by rich; anywhere else sizes are exact bytes and tables
-are plain columns, so that a pipe never gets less than the truth.
+On a terminal sizes are rounded ('1.5GiB'), and rich draws a table that does not fit as it is; anywhere else sizes are
+exact bytes and tables are plain columns, so that a pipe never gets less than the truth.
 """
 
-import csv
 import json
 import os
 import sys
@@ -49,11 +48,17 @@ def show_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], outp
             _json(rows)
         elif output == "csv":
             _csv(rows, columns)
-        elif sys.stdout.isatty():
-            _drawn([column.title for column in columns], [_cells(row, columns, human=True) for row in rows], columns)
         else:
-            titles = [column.title for column in columns]
-            _plain([titles, *(_cells(row, columns, human=False) for row in rows)], columns)
+            terminal = sys.stdout.isatty()
+            cells = [[column.title for column in columns], *(_cells(row, columns, human=terminal) for row in rows)]
+            lines = _aligned(cells, columns)
+            if terminal and not _fit(lines):
+                _drawn(cells, columns)
+            else:
+                styled = terminal and os.environ.get("TERM") not in ("dumb", "unknown")
+                click.echo(click.style(lines[0], bold=True) if styled else lines[0])
+                for line in lines[1:]:
+                    click.echo(line)
 
 
 def show_one(item: Mapping[str, Any], columns: Sequence[Column], output: str) -> None:
@@ -88,6 +93,8 @@ def _json(value: Any) -> None:
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    import csv
+
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([column.key for column in columns])
     for row in rows:
@@ -112,24 +119,32 @@ def _cell(value: Any, kind: Kind, *, human: bool) -> str:
     return str(value)
 
 
-def _plain(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
+def _aligned(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> list[str]:
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    aligned = []
     for line in lines:
         cells = [
             f"{cell:>{width}}" if column.kind != "text" else f"{cell:{width}}"
             for cell, width, column in zip(line, widths, columns, strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        aligned.append("  ".join(cells).rstrip())
+    return aligned
 
 
-def _drawn(titles: Sequence[str], lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
-    from rich.console import Console  # 40 ms: only where somebody looks at it
+def _fit(lines: Sequence[str]) -> bool:
+    """Whether the terminal shows every line as one line: not too long, one cell for each character."""
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    return all(len(line) <= columns and line.isascii() and line.isprintable() for line in lines)
+
+
+def _drawn(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
+    from rich.console import Console  # 40 ms: only where cells must be folded or measured
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, column in zip(titles, columns, strict=True):
+    for title, column in zip(lines[0], columns, strict=True):
         table.add_column(title, justify="left" if column.kind == "text" else "right", overflow="fold")
-    for line in lines:
+    for line in lines[1:]:
         table.add_row(*(Text(cell) for cell in line))
     Console().print(table)

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -74,8 +76,10 @@ async def test_hosts_and_units(blockvirt: Command, served: Api) -> None:
         assert part in info
     assert "nbd+unix:///v?" in (await blockvirt("lun", "attach-info", "v")).out
     assert (await blockvirt("host", "delete", "web1")).code == 5
-    assert (await blockvirt("lun", "unmap", "web1/lun3")).code == 0
-    assert (await blockvirt("lun", "unmap", "web1")).code == 1
+    for wrong in ("web1", "web1/lun", "/lun3", "web1/lun03", "web1/lun+3", "web1/lun3 ", "web1/lun\u0663"):
+        assert (await blockvirt("lun", "unmap", wrong)).code == 1, wrong
+    assert (await blockvirt("lun", "attach-info", "web1/lun03")).code == 4
+    assert (await blockvirt("lun", "unmap", "web1/lun3")).code == 0, "it was there all the time"
     assert (await blockvirt("host", "delete", "web1")).code == 0
 
 
@@ -159,49 +163,126 @@ async def test_failures_say_what_why_and_what_to_do(blockvirt: Command, served: 
     assert json.loads(as_json.err)["code"] == "daemon-unreachable"
 
 
+async def test_a_state_directory_that_no_socket_fits_into_is_explained(tmp_path: Path) -> None:
+    """'serve' would refuse it too, so it is no use to say that one should start it."""
+    too_long = await run("-s", f"{tmp_path}/{'x' * 100}", "volume", "list")
+    assert too_long.code == 1
+    assert "107 is the most" in too_long.err
+    assert "a shorter path" in too_long.err
+    assert "serve" not in too_long.err
+    fits = tmp_path / ("x" * (107 - len(f"{tmp_path}//http.sock")))
+    assert len(os.fsencode(fits / "http.sock")) == 107
+    assert (await run("-s", str(fits), "volume", "list")).code == 3, "the longest that a socket can have"
+
+
 async def test_the_daemon_is_found_by_url_too(served: Api, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{served.server.port}"
     for words, environment in ((("--url", url), {}), ((), {"BLOCKVIRT_URL": url})):
         assert (await run(*words, "volume", "list", "-o", "json", environment=environment)).json == []
     by_state = {"BLOCKVIRT_STATE_DIR": str(tmp_path)}
     assert (await run("volume", "list", "-o", "json", environment=by_state)).json == []
-    for bad in ("https://127.0.0.1:1", "127.0.0.1", "http://127.0.0.1/x"):
-        assert "is not the URL" in (await run("--url", bad, "volume", "list")).err
+    for bad in ("127.0.0.1", "http://127.0.0.1/x", "http://127.0.0.1:65536", "http://a..b", "http://[::1", "http://"):
+        refused = await run("--url", bad, "volume", "list")
+        assert (refused.code, "is not the URL" in refused.err) == (1, True), bad
+    encrypted = await run("--url", "https://127.0.0.1:1", "volume", "list")
+    assert (encrypted.code, "no TLS" in encrypted.err) == (1, True)
     assert (await run("--url", "http://127.0.0.1:1", "volume", "list")).code == 3
 
 
-async def test_a_terminal_gets_sizes_for_people(served: Api, tmp_path: Path) -> None:
-    await served.call("POST", "/v1/volumes", {"size": 3 * GIB // 2, "name": "v"})
+async def on_terminal(tmp_path: Path, width: int) -> str:
+    """What `volume list` shows on a terminal of that width."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, width))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "blockvirt", "-s", str(tmp_path), "volume", "list", stdout=theirs, cwd=ROOT
+        *(sys.executable, "-c", LOADED, "-s", str(tmp_path), "volume", "list"),
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")} | {"TERM": "x"},
     )
     os.close(theirs)
-    assert await process.wait() == 0
+    _, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
     shown = os.read(ours, 65536).decode()
     os.close(ours)
-    assert "1.5GiB" in shown
+    return shown + ("drawn by rich" if "rich" in loaded(err) else "")
 
 
+async def test_a_terminal_gets_sizes_for_people(served: Api, tmp_path: Path) -> None:
+    """rich is imported for what needs it: cells that are folded, and characters that may be two cells wide."""
+    await served.call("POST", "/v1/volumes", {"size": 3 * GIB // 2, "name": "v"})
+    wide = await on_terminal(tmp_path, 80)
+    assert wide.startswith("\x1b[1mNAME    SIZE  MAPPED")
+    assert "\nv     1.5GiB      0B  available" in wide
+    assert "rich" not in wide
+    narrow = await on_terminal(tmp_path, 50)
+    assert narrow.endswith("drawn by rich")
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in narrow.splitlines()[:-1]) <= 50
+    await served.call("PATCH", "/v1/volumes/v", {"labels": {"a": "界"}})
+    assert (await on_terminal(tmp_path, 80)).endswith("drawn by rich")
+
+
+# Runs the command line and says on stderr which modules that took.
+LOADED = """
+import sys
+import blockvirt.cli.main as program
+try:
+    program.main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+
+
+def loaded(err: bytes) -> set[str]:
+    """The modules, and the packages they are in."""
+    return {name for module in err.decode().splitlines()[-1].split() for name in (module, module.split(".")[0])}
+
+
+# What the standard library has for the purpose, too, costs more than the rest of a listing: http.client brings ssl and
+# email, pathlib brings urllib.
+HEAVY = {"pydantic", "aiohttp", "prometheus_client", "rich", "lmdb", "asyncio", "uvloop"}
+HEAVY |= {"http", "ssl", "email", "urllib", "pathlib", "ipaddress", "logging", "subprocess", "shutil", "tempfile"}
+
+
+@pytest.mark.parametrize("output", ["table", "json", "csv"])
 @pytest.mark.parametrize(
     "words",
-    [("volume", "list"), ("volume", "create", "x", "--size", "1GiB"), ("status",), ("--help",), ("serve", "--help")],
+    [
+        *(("volume", "list"), ("volume", "create", "x", "--size", "1GiB"), ("host", "list"), ("device", "list")),
+        *(("session", "list"), ("pool", "show"), ("lun", "list")),
+    ],
+    ids=" ".join,
 )
-async def test_client_commands_import_nothing_heavy(served: Api, tmp_path: Path, words: tuple[str, ...]) -> None:
+async def test_client_commands_import_nothing_heavy(
+    served: Api, tmp_path: Path, words: tuple[str, ...], output: str
+) -> None:
     """A listing takes less than 100 ms because of what it does not import; that is what can be held by a test."""
-    program = (
-        "import sys, blockvirt.cli.main as m\n"
-        f"sys.argv = ['blockvirt', '-s', {str(tmp_path)!r}, *{words!r}]\n"
-        "try:\n    m.main()\nfinally:\n"
-        "    heavy = {'pydantic', 'aiohttp', 'prometheus_client', 'rich', 'lmdb', 'asyncio'} & set(sys.modules)\n"
-        "    print('HEAVY', sorted(heavy), file=sys.stderr)\n"
-    )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
+        *(sys.executable, "-c", LOADED, "-s", str(tmp_path), *words, "-o", output),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
     )
     _, err = await process.communicate()
     assert process.returncode == 0, err.decode()
-    assert err.decode().splitlines()[-1] == "HEAVY []"
+    modules = loaded(err)
+    assert not modules & HEAVY
+    assert ("csv" in modules) == (output == "csv")
+    groups = {"volumes", "hosts", "pool", "sessions", "process"} & {name.rpartition(".")[2] for name in modules}
+    assert len(groups) == 1, "and none of the other commands"
+
+
+@pytest.mark.parametrize("words", [("status",), ("--help",), ("serve", "--help"), ("check", "--help")], ids=" ".join)
+async def test_other_commands_import_no_daemon(served: Api, tmp_path: Path, words: tuple[str, ...]) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LOADED, "-s", str(tmp_path), *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert not loaded(err) & {"pydantic", "aiohttp", "prometheus_client", "rich", "lmdb", "asyncio", "http", "ssl"}
 
 
 @pytest.mark.parametrize("output", ["table", "json", "csv"])

@@ -24,6 +24,13 @@ def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command
 COMMANDS = dict(commands(cli, "blockvirt"))
 
 
+def test_every_command_goes_by_its_own_name() -> None:
+    """Commands are imported when they are asked for, by a name that stands beside them in a table."""
+    assert len(cli.commands) == 9
+    assert {name: command.name for name, command in cli.commands.items()} == {name: name for name in cli.commands}
+    assert {"blockvirt serve", "blockvirt volume list", "blockvirt session drop"} < set(COMMANDS)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_documented(name: str) -> None:
     rows = [line for line in DOCUMENT.splitlines() if line.startswith((f"| `{name} ", f"| `{name}`"))]
