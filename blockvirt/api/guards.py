@@ -7,12 +7,13 @@ without asking first. On the unix socket there is no browser, only the owner of 
 
 import asyncio
 import ipaddress
+import json
 import re
 import socket
 
 from aiohttp import web
 
-from blockvirt.errors import BodyTooLarge, ForeignOrigin, InvalidRequest, WrongMediaType
+from blockvirt.errors import BodyTooLarge, ForeignOrigin, InvalidRequest, MalformedRequest, WrongMediaType
 from blockvirt.limits import API_BODY_S, API_MAX_BODY_BYTES, API_MAX_JSON_DEPTH
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:[0-9]{1,5})?", re.ASCII)
@@ -56,19 +57,25 @@ def _by_unix_socket(request: web.Request) -> bool:
 
 
 def check_media_type(request: web.Request) -> None:
-    """Return if the body is declared as JSON; raises WrongMediaType."""
+    """Return if the body is declared as JSON, in UTF-8 (RFC 8259, 8.1) if it names a charset; raises WrongMediaType."""
     if request.content_type != "application/json":
         raise WrongMediaType(
             f"a body of type {request.headers.get('Content-Type', '(none)')[:80]!r} is not taken",
             correction="send JSON, with 'Content-Type: application/json'",
+        )
+    if request.charset is not None and request.charset.lower() not in ("utf-8", "utf8"):
+        raise WrongMediaType(
+            f"JSON in the charset {request.charset[:80]!r} is not taken",
+            cause="JSON between programs is UTF-8",
+            correction="send UTF-8, with 'Content-Type: application/json'",
         )
 
 
 async def read_body(request: web.Request) -> bytes:
     """Return the whole body.
 
-    Raises WrongMediaType for a compressed one, BodyTooLarge, and InvalidRequest for JSON that nests too deeply and a
-    body that is broken or takes longer than API_BODY_S to arrive.
+    Raises WrongMediaType for a compressed one, BodyTooLarge, MalformedRequest for JSON with a key twice in an object,
+    and InvalidRequest for JSON that nests too deeply and a body that is broken or takes longer than API_BODY_S.
     """
     coding = request.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
@@ -96,7 +103,31 @@ async def read_body(request: web.Request) -> bytes:
         raise InvalidRequest(
             f"the body nests deeper than {API_MAX_JSON_DEPTH} levels", correction="no legal request nests as deep"
         )
+    _check_keys(raw)
     return raw
+
+
+def _check_keys(raw: bytes) -> None:
+    """Return if no object in ``raw`` has a key twice, as far as it is JSON; raises MalformedRequest.
+
+    Numbers stay text: the most that Python makes of a number must not end the search.
+    """
+    try:
+        json.loads(raw.decode(), object_pairs_hook=_distinct, parse_int=str, parse_float=str, parse_constant=str)
+    except ValueError:  # no JSON: the parser that takes the request says what is wrong
+        pass
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> None:
+    keys = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise MalformedRequest(
+                f"the body names {key[:80]!r} twice in one object",
+                cause="one program that reads it would take the first, another the last",
+                correction="name it once",
+            )
+        keys.add(key)
 
 
 def json_depth(raw: bytes) -> int:

@@ -1,5 +1,6 @@
 """What may be asked of the catalogue: the requests, and the checks of their form that need no transaction."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from blockvirt.meta.keys import Table
 from blockvirt.meta.records import DeviceRecord
 from blockvirt.meta.store import Reader
 from blockvirt.units import format_size
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def round_size(size_bytes: int) -> int:
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Return if ``labels`` are few and short enough; raises LimitReached or InvalidRequest."""
+    """Return if ``labels`` are few, short and printable enough; raises LimitReached or InvalidRequest."""
     if len(labels) > MAX_LABELS:
         raise LimitReached(f"{len(labels)} labels are too many", correction=f"give at most {MAX_LABELS}")
     for key, value in labels.items():
@@ -57,6 +60,12 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise InvalidRequest(
                 f"the label {key[:40]!r} cannot be kept",
                 correction=f"keys have 1 to {MAX_LABEL_CHARS} characters, values at most {MAX_LABEL_CHARS}",
+            )
+        if _CONTROL.search(key) or _CONTROL.search(value):
+            raise InvalidRequest(
+                f"the label {key[:40]!r} cannot be kept",
+                cause="a control character in it would cut or forge the lines that show it",
+                correction="leave out U+0000 to U+001F and U+007F to U+009F",
             )
 
 

@@ -82,6 +82,66 @@ async def test_only_json_is_taken(api: Api, kind: str | None, tcp: bool) -> None
     check_problem(refused)
 
 
+@pytest.mark.parametrize("charset", ["utf-16", "utf-16le", "utf-32", "iso-8859-1", "us-ascii", "unheard-of"])
+async def test_json_in_another_charset_is_not_taken(api: Api, charset: str) -> None:
+    data = '{"size": 512}'.encode(charset if charset.startswith("utf") else "ascii")
+    headers = {"Content-Type": f"application/json; charset={charset}"}
+    refused = await api.call("POST", "/v1/volumes", data=data, headers=headers)
+    assert (refused.status, refused.json["code"]) == (415, "unsupported-media-type")
+    check_problem(refused)
+    assert "UTF-8" in refused.json["correction"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf-8"', "utf8"])
+async def test_utf_8_may_be_named(api: Api, charset: str) -> None:
+    headers = {"Content-Type": f"application/json; charset={charset}"}
+    made = await api.call("POST", "/v1/volumes", data='{"size":512,"labels":{"ä":"ü"}}'.encode(), headers=headers)
+    assert (made.status, made.json["labels"]) == (201, {"ä": "ü"})
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        (b'{"size": 512, "size": 1024}', "size"),
+        (b'{"size": 512, "s\\u0069ze": 512}', "size"),
+        (b'{"size": ' + b"9" * 5000 + b', "size": 512}', "size"),
+        (b'{"size": NaN, "size": 512}', "size"),
+        (b'{"size": 512, "labels": {"a": "1", "a": "1"}}', "a"),
+        (b'{"size": 512, "placement": {"devices": [], "labels": {"x": "1", "x": "2"}}}', "x"),
+    ],
+)
+async def test_a_key_that_is_there_twice_is_refused(api: Api, data: bytes, key: str) -> None:
+    refused = await api.call("POST", "/v1/volumes", data=data, headers=JSON)
+    assert (refused.status, refused.json["code"]) == (400, "malformed-request")
+    assert repr(key) in refused.json["detail"]
+    check_problem(refused)
+    assert (await api.call("GET", "/v1/volumes")).json == {"volumes": []}
+
+
+async def test_a_key_may_come_again_in_another_object(api: Api) -> None:
+    body = {"size": 512, "labels": {"labels": "size"}, "placement": {"devices": [], "labels": {}}}
+    assert (await api.call("POST", "/v1/volumes", body)).status == 201
+
+
+@pytest.mark.parametrize("bad", ["\0", "a\nb", "\x1b[31m", "\x7f", "\x85"])
+@pytest.mark.parametrize("where", ["key", "value"])
+async def test_labels_hold_no_control_characters(api: Api, bad: str, where: str) -> None:
+    labels = {bad: "x"} if where == "key" else {"x": bad}
+    volume = (await api.call("POST", "/v1/volumes", {"size": 512})).json
+    for method, path, body in (
+        ("POST", "/v1/volumes", {"size": 512}),
+        ("PATCH", f"/v1/volumes/{volume['id']}", {}),
+        ("POST", "/v1/hosts", {"name": "h"}),
+        ("POST", "/v1/devices", {"path": "/x"}),
+    ):
+        refused = await api.call(method, path, body | {"labels": labels})
+        assert (refused.status, refused.json["code"]) == (422, "invalid-argument"), path
+        assert "control character" in refused.json["cause"]
+    refused = await api.call("POST", "/v1/volumes", {"size": 512, "placement": {"labels": labels}})
+    assert refused.status == 422
+    assert "control character" in refused.json["cause"]
+
+
 @pytest.mark.parametrize("data", [gzip.compress(b'{"size": 512}'), b"\x1f\x8b no gzip", b'{"size": 512}'])
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "unheard-of"])
 async def test_compressed_bodies_are_not_taken(api: Api, data: bytes, coding: str) -> None:
