@@ -7,6 +7,8 @@ from blockvirt.api.operations import Call, Operations, Reply, etag
 from blockvirt.api.paging import page_after, page_token
 from blockvirt.lun.attach import attach_info
 from blockvirt.lun.presentation import READ_BATCH
+from blockvirt.lun.units import Unit
+from blockvirt.meta.store import Writer
 from blockvirt.volumes.requests import check_labels
 
 operations = Operations("hosts")
@@ -57,17 +59,36 @@ async def list_luns(call: Call, host: str) -> Reply:
     return Reply(models.UnitList(luns=[answers.unit(unit, endpoints) for unit in found.units]))
 
 
-@operations.add("POST", "/v1/hosts/{host}/luns", {201: models.Unit}, errors=(404, 409), idempotent=True)
+@operations.add(
+    "POST",
+    "/v1/hosts/{host}/luns",
+    {201: models.Unit, 200: models.Unit},
+    errors=(404, 409),
+    idempotent=True,
+)
 async def map_lun(call: Call, host: str, body: models.UnitCreate) -> Reply:
     """Show a volume to a host under a number, by default the next free one.
 
-    Refused where the number is taken, and where the host has the volume under another number.
+    The same volume under the same number again answers 200 with the unit that is there. Refused where the number is
+    taken, and where the host has the volume already and no number, or another one, is asked for.
     """
     services = call.services
+    endpoints = services.endpoints()
     volume = services.catalogue.get(body.volume)
-    unit = await services.presentation.map(host, volume.id, body.number)
-    headers = {"Location": f"/v1/hosts/{unit.host}/luns/{unit.number}"}
-    return Reply(answers.unit(unit, services.endpoints()), 201, headers)
+
+    def keep_answer(writer: Writer, unit: Unit) -> None:
+        assert call.idempotency_key is not None, "only a request with a key keeps its answer"
+        text = answers.unit(unit, endpoints).model_dump_json(exclude_none=True)
+        kept = services.idempotency.answer(call.idempotency_key, call.request_sha256, 201, text, _location(unit))
+        services.idempotency.keep(writer, kept)
+
+    also = keep_answer if call.idempotency_key is not None else None
+    unit, created = await services.presentation.map(host, volume.id, body.number, also=also)
+    return Reply(answers.unit(unit, endpoints), 201 if created else 200, {"Location": _location(unit)})
+
+
+def _location(unit: Unit) -> str:
+    return f"/v1/hosts/{unit.host}/luns/{unit.number}"
 
 
 @operations.add("GET", "/v1/hosts/{host}/luns/{number}", {200: models.Unit}, errors=(404,))

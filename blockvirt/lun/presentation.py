@@ -29,7 +29,7 @@ from blockvirt.lun.units import (
 )
 from blockvirt.meta.keys import Table, unit_key
 from blockvirt.meta.records import HostRecord, UnitRecord
-from blockvirt.meta.store import Store
+from blockvirt.meta.store import Store, Writer
 
 log = logging.getLogger("blockvirt.presentation")
 
@@ -141,19 +141,32 @@ class Presentation:
 
     # --- units -----------------------------------------------------------------------------------------------------
 
-    async def map(self, host_name_or_id: str, volume_id: str, number: int | None = None) -> Unit:
-        """Show a volume to a host under ``number``, by default the next free one from 0.
+    async def map(
+        self,
+        host_name_or_id: str,
+        volume_id: str,
+        number: int | None = None,
+        *,
+        also: Callable[[Writer, Unit], None] | None = None,
+    ) -> tuple[Unit, bool]:
+        """Show a volume to a host under ``number``, by default the next free one from 0; True with it if it is new.
 
-        The same mapping again returns it. Raises NotFound, BeingDeleted, Exists (the number is taken, or the host has
-        the volume under another number), InvalidRequest and LimitReached.
+        The same mapping again returns it. ``also`` runs in the transaction that makes a new one; what it raises undoes
+        the mapping. Raises NotFound, BeingDeleted, Exists (the number is taken, or the host has the volume already and
+        this number was not asked for), InvalidRequest and LimitReached.
         """
         host = self.host(host_name_or_id)
-        created_s = self._clock()
-        record = await self._store.commit(
-            lambda writer: add_unit(writer, host.id, volume_id, number, unit_id=new_id(), created_s=created_s)
-        )
-        with self._store.read() as reader:
-            return unit_view(reader, host.name, record)
+        unit_id, created_s = new_id(), self._clock()
+
+        def change(writer: Writer) -> Unit:
+            record = add_unit(writer, host.id, volume_id, number, unit_id=unit_id, created_s=created_s)
+            unit = unit_view(writer, host.name, record)
+            if also is not None and unit.id == unit_id:
+                also(writer, unit)
+            return unit
+
+        unit = await self._store.commit(change)
+        return unit, unit.id == unit_id
 
     async def unmap(self, host_name_or_id: str, number: int, *, force: bool = False) -> Unit:
         """Take a unit away from a host; refused with InUse while a session is open on it, unless forced."""

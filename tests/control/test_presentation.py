@@ -32,11 +32,11 @@ async def test_the_next_free_number_fills_gaps(control: Control) -> None:
     ids = await volumes(control, 5)
     host, created = await control.presentation.create_host("web1", {})
     assert created
-    units = [await control.presentation.map("web1", volume_id) for volume_id in ids[:3]]
+    units = [(await control.presentation.map("web1", volume_id))[0] for volume_id in ids[:3]]
     assert [unit.export for unit in units] == ["web1/lun0", "web1/lun1", "web1/lun2"]
     await control.presentation.unmap("web1", 1)
-    assert (await control.presentation.map(host.id, ids[3])).number == 1
-    assert (await control.presentation.map("web1", ids[4], 7)).number == 7
+    assert (await control.presentation.map(host.id, ids[3]))[0].number == 1
+    assert (await control.presentation.map("web1", ids[4], 7))[0].number == 7
     assert [unit.number for unit in control.presentation.host("web1").units] == [0, 1, 2, 7]
     assert control.catalogue.get(ids[4]).units == ("web1/lun7",)
 
@@ -45,13 +45,14 @@ async def test_what_a_mapping_may_not_do(control: Control) -> None:
     first, second = await volumes(control, 2)
     presentation = control.presentation
     await presentation.create_host("web1", {})
-    unit = await presentation.map("web1", first, 3)
+    unit, created = await presentation.map("web1", first, 3)
+    assert created
     with pytest.raises(Exists, match="in use"):
         await presentation.map("web1", second, 3)
     for number in (None, 4):
         with pytest.raises(Exists, match="mapped to host"):
             await presentation.map("web1", first, number)
-    assert await presentation.map("web1", first, 3) == unit, "the same mapping again is the mapping"
+    assert await presentation.map("web1", first, 3) == (unit, False), "the same mapping again is the mapping"
     for bad in (-1, MAX_UNITS_PER_HOST):
         with pytest.raises(InvalidRequest):
             await presentation.map("web1", second, bad)
