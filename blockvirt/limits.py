@@ -34,6 +34,7 @@ CHECKPOINT_AGE_S = 30.0  # how old the oldest uncovered record gets
 MAX_DIRTY_LEAVES = 4_096  # bounds a freeze to a few ms and a checkpoint to ~17 MiB of metadata
 LEAF_CACHE_BYTES = 64 * MIB  # resident leaves of all volumes: the hot map of ~480 GiB
 METADATA_RESERVE_BYTES = 64 * MIB  # next checkpoint and deletions; preallocated behind LMDB's last page
+METADATA_RESERVE_RETRY_S = 5.0  # while it is not whole nothing new is written; a try is one empty transaction
 LMDB_MAP_START_BYTES = 1 * GIB  # address space only; grows by doubling
 LMDB_MAP_MAX_BYTES = 8 * TIB  # address space; the leaves of 1 EiB of chunks in one version
 STORE_GROUP_CHANGES = 64  # changes that share one synced transaction

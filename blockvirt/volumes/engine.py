@@ -22,6 +22,7 @@ from blockvirt.limits import (
     MAX_BACKING_FILE_BYTES,
     MAX_CHUNK_BYTES,
     METADATA_RESERVE_BYTES,
+    METADATA_RESERVE_RETRY_S,
     MIN_CHUNK_BYTES,
     PRESSURE_STEP_BYTES,
 )
@@ -103,6 +104,7 @@ class Engine:
             stack.push_async_callback(workers.close)
             workers.start(engine.puncher.run(), "punch")
             workers.start(engine.deleter.run(), "delete")
+            workers.start(_mend_reserve(store), "metadata reserve")
             engine._stack = stack.pop_all()
             return engine
 
@@ -133,6 +135,22 @@ def _open_store(state_dir: Path, settings: EngineSettings) -> Store:
         return Store.open(state_dir / "metadata", create=True, reserve_bytes=settings.metadata_reserve_bytes)
     except MetadataFault as fault:
         raise naming_newest(fault, folders) from fault
+
+
+async def _mend_reserve(store: Store) -> None:
+    """Have new chunks given again soon after somebody made room for the metadata reserve; until cancelled.
+
+    Commits look at the reserve by themselves, but a pool in which every write waits for space makes none.
+    """
+    while True:
+        await asyncio.sleep(METADATA_RESERVE_RETRY_S)
+        if store.reserve_ok:
+            continue
+        try:
+            if await store.check_reserve():
+                log.info("the metadata reserve of %s is whole again", store.path)
+        except BlockvirtError as error:
+            log.error("the metadata reserve of %s cannot be looked at: %s", store.path, error)
 
 
 def volume_context(

@@ -1,16 +1,20 @@
 """A full pool (I10): only writes that need a new chunk fail; everything else works, and space comes back."""
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from blockvirt.errors import PoolFull
+from blockvirt.meta.keys import Table
+from blockvirt.meta.store import Writer
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
-from tests.volumes.conftest import Pool, abandon, findings, read, until_punched, write
+from tests.volumes.conftest import Pool, abandon, findings, read, until, until_punched, write
 
 SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
 
@@ -25,7 +29,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-o", "loop", image, folder], check=True)
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 async def fill(handle: Handle) -> int:
@@ -63,6 +67,34 @@ async def test_a_full_disk_stops_new_chunks_only(tmp_path: Path, small_disk: Pat
         await write(handle, chunk * 64 * KIB, bytes(65536))
     assert await read(handle, 5 * 64 * KIB, 5) == b"again"
     assert not findings(pool)
+    await handle.close()
+    await pool.close()
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+async def test_room_for_the_metadata_is_noticed_though_nothing_commits(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockvirt.volumes.engine.METADATA_RESERVE_RETRY_S", 0.01)
+    pool = Pool(tmp_path, SETTINGS)
+    pool.state_dir = small_disk / "state"
+    await pool.start()
+    store, storage = pool.engine.store, pool.engine.storage
+    handle = await pool.open(await pool.volume(MIB))
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    number = 0
+    while store.reserve_ok:  # what was allocated ahead of the reserve goes first
+        number += 1
+        await store.commit(partial(Writer.put, table=Table.HOSTS, key=b"row-%d" % number, value=bytes(100_000)))
+    assert storage.status().level == "stop"
+    with pytest.raises(PoolFull, match="reserve is not whole"):
+        await write(handle, 0, b"a" * 4096)
+    filler.unlink()
+    await until(lambda: storage.status().level == "ok")
+    await write(handle, 0, b"a" * 4096)
     await handle.close()
     await pool.close()
 
