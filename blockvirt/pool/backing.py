@@ -36,7 +36,7 @@ class BackingFile:
         "_chunk_shift",
         "device_id",
         "fd",
-        "live_chunks",
+        "live_change",
         "number",
         "path",
         "reserved_chunks",
@@ -50,7 +50,8 @@ class BackingFile:
         self.number = record.number
         self.device_id = record.device_id
         self.used_chunks = record.used_chunks
-        self.live_chunks = record.live_chunks
+        self.live_change = 0
+        """How many more of its chunks are named than at the last commit."""
         self.sealed = record.sealed
         self.path = path
         self.reserved_chunks = 0
@@ -63,10 +64,6 @@ class BackingFile:
     def chunk_bytes(self) -> int:
         """Size of a chunk."""
         return 1 << self._chunk_shift
-
-    def record(self, branch: int) -> FileRecord:
-        """Return what the metadata store keeps of the file."""
-        return FileRecord(self.number, branch, self.device_id, self.used_chunks, self.live_chunks, self.sealed)
 
     def open(self) -> None:
         """Open the file, creating it only where nothing was ever handed out in it; raises DeviceFault."""

@@ -3,49 +3,56 @@
 Sync the files once beforehand, so that what follows is short; let a running flush end; freeze on the event loop with
 no await in between and open the journal's next generation; sync again; one metadata transaction; then the frozen
 generation's file is free and the freed addresses go to the punch queue.
+
+A snapshot is a checkpoint of its volumes, frozen in one piece, with an epoch step: what the head allocated before may
+not be overwritten from then on.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TypeVar
 
 from blockvirt.errors import BlockvirtError
-from blockvirt.lun.address import chunk_of, file_of
-from blockvirt.lun.leaf import encode
-from blockvirt.meta.keys import Table, born_key, leaf_key, number_key, pair_key
-from blockvirt.meta.records import BranchRecord, FileRecord, seal
+from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Writer
+from blockvirt.volumes.commit import FileChange, MapChange, leaf_rows, write_map
 from blockvirt.volumes.flush import Flusher, sync_data
-from blockvirt.volumes.leaf_map import FrozenLeaf
 from blockvirt.volumes.volume import Volume
 
 log = logging.getLogger("blockvirt.volumes")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+Also = Callable[[Writer, Sequence[MapChange]], T]
+"""Writes more in a checkpoint's transaction; is told what the checkpoint brings, in the order of branch numbers."""
+
+
+@dataclass(slots=True)
 class Frozen:
-    """What one checkpoint commits: the volume's map state at one instant."""
+    """One volume's part of a checkpoint."""
 
-    branch: BranchRecord
-    files: Sequence[FileRecord]
-    leaves: list[FrozenLeaf]
-    freed: list[int]
-    sequence: int
+    volume: Volume
+    change: MapChange
+    switched: bool
+    """The journal went on to its next generation."""
+    committed: bool = False
 
 
 class Checkpointer:
     """The checkpoints of one open volume: one at a time, and a task that starts them when they are due."""
 
     def __init__(self, volume: Volume, flusher: Flusher) -> None:
-        self._volume = volume
-        self._flusher = flusher
+        self.volume = volume
+        self.flusher = flusher
         self._running: asyncio.Task[None] | None = None
 
     async def watch(self) -> None:
         """Run a checkpoint whenever one is due, until the volume stops or this task is cancelled."""
-        volume = self._volume
+        volume = self.volume
         while volume.failure is None:
             await volume.checkpoint_due.wait()
             if volume.failure is None:
@@ -57,7 +64,7 @@ class Checkpointer:
     async def run(self) -> None:
         """Run a checkpoint, or join the one that runs; raises VolumeStopped."""
         if self._running is None or self._running.done():
-            self._running = self._volume.tasks.start(self._checkpoint(), "checkpoint", awaited=True)
+            self._running = self.volume.tasks.start(checkpoint([self]), "checkpoint", awaited=True)
         await asyncio.shield(self._running)
 
     async def run_all(self) -> None:
@@ -70,105 +77,139 @@ class Checkpointer:
             await self.run()
 
     def _uncovered(self) -> bool:
-        volume = self._volume
+        volume = self.volume
         volume.check()
         journal = volume.journal
         return bool(volume.map.dirty or volume.freed or (journal is not None and journal.needs_mark()))
 
-    async def _checkpoint(self) -> None:
-        volume = self._volume
-        started_s = time.perf_counter()
-        async with self._flusher.syncing:
+
+async def checkpoint(parts: Sequence[Checkpointer]) -> None:
+    """Bring the map of each volume into the metadata store, where there is anything to bring; raises VolumeStopped."""
+    await _run(parts, lambda writer, changes: None, step=False)
+
+
+async def checkpoint_and_step(parts: Sequence[Checkpointer], also: Also[T]) -> T:
+    """Close the epoch of all volumes in one instant; commit their maps and what ``also`` writes in one piece.
+
+    ``also`` never raises: what it refuses it returns, because the maps must be committed anyhow. Not to be cancelled
+    (shield it). Raises VolumeStopped, of any of them; nothing of ``also`` is written then.
+    """
+    result = await _run(parts, also, step=True)
+    assert result is not None
+    return result
+
+
+async def _run(parts: Sequence[Checkpointer], also: Also[T], *, step: bool) -> T | None:
+    started_s = time.perf_counter()
+    parts = sorted(parts, key=lambda part: part.volume.map.branch)  # one order: two groups do not wait for each other
+    for part in parts:
+        async with part.flusher.syncing:
             # As a flush would, never beside one: of two syncs of a file only one is told of a failed write-back.
-            await sync_data(volume)
-        async with self._flusher.syncing:
-            volume.check()
-            frozen = self._freeze()
-            if frozen is None:
-                return
-            await sync_data(volume)
-            rows = await volume.context.threads.run(lambda: leaf_rows(frozen.branch, frozen.leaves))
-            try:
-                await volume.context.store.commit(lambda writer: _commit(writer, frozen, rows))
-            except BlockvirtError as error:
-                raise volume.stop("its map cannot be committed to the metadata", error) from error
-            self._committed(frozen)
-        volume.stats.checkpoints += 1
-        volume.stats.checkpoint_s += time.perf_counter() - started_s
-        if frozen.freed:
-            volume.context.punches.set()
+            await sync_data(part.volume)
+    async with AsyncExitStack() as held:
+        for part in parts:
+            await held.enter_async_context(part.flusher.syncing)
+        if step:
+            for part in parts:
+                await held.enter_async_context(part.volume.in_place.stopped())
+        for part in parts:
+            part.volume.check()
+        # From the first freeze to the last there is no await: one instant.
+        frozen = [each for part in parts if (each := _freeze(part.volume, step=step)) is not None]
+        if not frozen:
+            return None
+        try:
+            result = await _commit(frozen, also)
+        except Exception as error:
+            for each in frozen:
+                if not each.committed:
+                    each.volume.stop("its map cannot be committed to the metadata", error)
+            raise
+    for part in parts:
+        part.volume.stats.checkpoints += 1
+        part.volume.stats.checkpoint_s += time.perf_counter() - started_s
+    return result
 
-    def _freeze(self) -> Frozen | None:
-        """Take the volume's map state, in one piece: no await in here."""
-        volume = self._volume
-        assert not volume.unsettled()
-        volume.checkpoint_due.clear()
-        if volume.age_timer is not None:
-            volume.age_timer.cancel()
-            volume.age_timer = None
-        journal = volume.journal
-        if journal is None:
-            return None
-        files = [file.record(volume.map.branch) for file in volume.files.own()]
-        if not volume.map.dirty and not volume.freed and all(volume.files.records[f.number] == f for f in files):
-            return None
-        branch = replace(
-            volume.branch_record,
-            covered_generation=journal.generation,
-            covered_sequence=journal.sequence,
-            journal_chain=journal.chain,
-            mapped_chunks=volume.tail.mapped_chunks,
-        )
-        frozen = Frozen(branch, files, volume.map.freeze(), volume.freed, journal.sequence)
-        volume.freed = []
+
+async def _commit(frozen: Sequence[Frozen], also: Also[T]) -> T | None:
+    """Sync and commit. A volume whose sync fails has stopped: the others are committed, without ``also``."""
+    context = frozen[0].volume.context
+    syncs = [each.volume.tasks.start(sync_data(each.volume), "sync", awaited=True) for each in frozen]
+    await asyncio.wait(syncs)
+    failures = [failure for sync in syncs if (failure := sync.exception()) is not None]
+    whole = [each for each, sync in zip(frozen, syncs, strict=True) if sync.exception() is None]
+    if not whole:
+        raise failures[0]
+    changes = [each.change for each in whole]
+    rows = await context.threads.run(lambda: [leaf_rows(each.branch, each.epoch, each.leaves) for each in changes])
+
+    def write(writer: Writer) -> tuple[list[BranchRecord], T | None]:
+        records = [write_map(writer, change, mine) for change, mine in zip(changes, rows, strict=True)]
+        return records, None if failures else also(writer, changes)
+
+    try:
+        records, result = await context.store.commit(write)
+    except BlockvirtError as error:
+        raise whole[0].volume.stop("its map cannot be committed to the metadata", error) from error
+    for each, record in zip(whole, records, strict=True):
+        _committed(each, record)
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
+    """Take the volume's map state, in one piece: no await in here. None where there is nothing to commit."""
+    assert not volume.unsettled()
+    volume.checkpoint_due.clear()
+    if volume.age_timer is not None:
+        volume.age_timer.cancel()
+        volume.age_timer = None
+    journal, records = volume.journal, volume.files.records
+    files = [
+        FileChange(file.number, file.used_chunks, file.sealed, file.live_change)
+        for file in volume.files.own()
+        if file.live_change
+        or (file.used_chunks, file.sealed) != (records[file.number].used_chunks, records[file.number].sealed)
+    ]
+    changed = bool(volume.map.dirty or volume.freed or volume.dropped or files)
+    if not changed and not step:
+        return None
+    branch, epoch = volume.branch_record, volume.map.epoch
+    switched = journal is not None and changed
+    change = MapChange(
+        branch=branch.number,
+        epoch=epoch,
+        head_epoch=epoch + 1 if step else epoch,
+        covered_generation=journal.generation if journal is not None and switched else branch.covered_generation,
+        covered_sequence=journal.sequence if journal is not None and switched else branch.covered_sequence,
+        journal_chain=journal.chain if journal is not None and switched else branch.journal_chain,
+        mapped_chunks=volume.tail.mapped_chunks,
+        inherited_chunks=volume.inherited_chunks,
+        files=files,
+        leaves=volume.map.freeze(),
+        freed=volume.freed,
+        dropped=volume.dropped,
+    )
+    volume.freed, volume.dropped = [], []
+    for file in volume.files.own():
+        file.live_change = 0
+    if step:
+        volume.map.step(epoch + 1)
+    if journal is not None and switched:
         journal.switch()
-        return frozen
+    return Frozen(volume, change, switched)
 
-    def _committed(self, frozen: Frozen) -> None:
-        volume = self._volume
-        volume.branch_record = frozen.branch
-        for record in frozen.files:
-            volume.files.records[record.number] = record
-        volume.map.committed(frozen.leaves)
+
+def _committed(frozen: Frozen, record: BranchRecord) -> None:
+    volume, change = frozen.volume, frozen.change
+    frozen.committed = True
+    volume.branch_record = record
+    for mark in change.files:
+        volume.files.marked(mark.number, mark.used_chunks, sealed=mark.sealed)
+    volume.map.committed(change.leaves)
+    if frozen.switched:
         assert volume.journal is not None
-        volume.journal.covered(frozen.sequence)
-
-
-Rows = list[tuple[bytes, bytes, bytes]]
-
-
-def leaf_rows(branch: BranchRecord, leaves: Sequence[FrozenLeaf]) -> Rows:
-    """Encode leaves of the branch's head: (leaf key, sealed value, born key). In an I/O thread, not in the store's."""
-    rows = []
-    for item in leaves:
-        key = leaf_key(branch.number, item.number, branch.head_epoch)
-        rows.append((key, seal(key, encode(item.entries)), born_key(branch.number, branch.head_epoch, item.number)))
-    return rows
-
-
-def _commit(writer: Writer, frozen: Frozen, rows: Rows) -> None:
-    write_map(writer, frozen.branch, frozen.files, rows)
-    write_punches(writer, frozen.freed)
-
-
-def write_map(writer: Writer, branch: BranchRecord, files: Sequence[FileRecord], rows: Rows) -> None:
-    """Store a branch's state: its record, its files' high-water marks and leaf versions."""
-    writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
-    for file in files:
-        writer.put_record(Table.FILES, number_key(file.number), file)
-    for key, value, born in rows:
-        writer.put(Table.LEAVES, key, value)
-        writer.put(Table.BORN, born, b"")
-
-
-def write_punches(writer: Writer, freed: Sequence[int]) -> None:
-    """Queue freed addresses for punching, neighbours merged."""
-    run_start = run_count = 0
-    for entry in [*sorted(freed), 0]:
-        if run_count and entry == run_start + run_count:
-            run_count += 1
-            continue
-        if run_count:
-            key = pair_key(file_of(run_start), chunk_of(run_start))
-            writer.put(Table.PUNCH, key, seal(key, run_count.to_bytes(8, "little")))
-        run_start, run_count = entry, 1
+        volume.journal.covered(change.covered_sequence)
+    if change.freed or change.dropped:
+        volume.context.punches.set()

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blockvirt.errors import DamagedRecord
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK
-from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS, SLOT_MASK, Leaf, decode
-from blockvirt.meta.keys import Table, leaf_key, leaf_prefix, number_key, split_leaf
-from blockvirt.meta.records import BranchRecord, unseal
+from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS, SLOT_MASK, Leaf
+from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Reader, Store
+from blockvirt.volumes.versions import branch_record, lineage, visible_version
 
 if TYPE_CHECKING:
     from array import array
@@ -74,8 +73,9 @@ class LeafMap:
         self.epoch = branch.head_epoch
         self.leaves: dict[int, Leaf] = {}
         self.dirty: dict[int, Leaf] = {}
-        self._origins = origins(store, branch)
         self._store = store
+        with store.read() as reader:
+            self._lineage = lineage(reader, branch, branch.head_epoch)
         self._cache = cache
         self.ask_checkpoint = ask_checkpoint
 
@@ -91,7 +91,7 @@ class LeafMap:
         return leaf
 
     def _load(self, reader: Reader, number: int) -> Leaf:
-        for branch, epoch in self._origins:
+        for branch, epoch in self._lineage:
             found = visible_version(reader, branch, number, epoch)
             if found is not None:
                 birth, entries = found
@@ -138,35 +138,20 @@ class LeafMap:
             if item.leaf.entries is item.entries and item.entries is not NO_ENTRIES:
                 item.leaf.shared = False
 
+    def step(self, epoch: int) -> None:
+        """Go on in a later epoch: whatever the head allocated before may not be overwritten any more."""
+        assert epoch > self.epoch
+        self.epoch = epoch
+        self._lineage[0] = (self.branch, epoch)
+
+    def look_up_anew(self) -> None:
+        """Forget what was loaded of other branches, or of this one's older versions: they were copied or replaced."""
+        with self._store.read() as reader:
+            record = branch_record(reader, self.branch)
+            self._lineage = lineage(reader, record, self.epoch)
+        for number in [number for number, leaf in self.leaves.items() if not (leaf.dirty or leaf.frozen)]:
+            del self.leaves[number]
+
     def close(self) -> None:
         """Give the memory back."""
         self._cache.forget(self)
-
-
-def origins(store: Store, branch: BranchRecord) -> list[tuple[int, int]]:
-    """Return where a map looks, nearest first: (branch, newest epoch visible there), through all origins."""
-    chain = [(branch.number, branch.head_epoch)]
-    with store.read() as reader:
-        current = branch
-        while current.origin_branch:
-            chain.append((current.origin_branch, current.origin_epoch))
-            current = branch_record(reader, current.origin_branch)
-    return chain
-
-
-def branch_record(reader: Reader, number: int) -> BranchRecord:
-    """Return the record of a branch that must exist; raises DamagedRecord where it does not."""
-    record = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
-    if record is None:
-        raise DamagedRecord(f"branch {number} is missing from the metadata", correction="run 'blockvirt check'")
-    return record
-
-
-def visible_version(reader: Reader, branch: int, leaf: int, epoch: int) -> "tuple[int, array[int]] | None":
-    """Return (birth, entries) of the newest version of a leaf born in ``epoch`` or before, in this branch alone."""
-    found = reader.floor(Table.LEAVES, leaf_key(branch, leaf, epoch), prefix=leaf_prefix(branch, leaf))
-    if found is None:
-        return None
-    key, stored = found
-    what = f"leaf {leaf} of branch {branch}"
-    return split_leaf(key)[2], decode(unseal(key, stored, what=what))

@@ -91,3 +91,57 @@ class Inflight:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append((self._next, waiter))
         await waiter
+
+
+class InPlace:
+    """Overwrites in place that run in threads: a freeze must not fall between their plan and their end.
+
+    What they overwrite belongs to a snapshot from the freeze on. Before one they are waited for, and none begins
+    meanwhile; those on the event loop go on.
+    """
+
+    __slots__ = ("_running", "_stops", "_woken")
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._stops = 0
+        self._woken = asyncio.Event()
+
+    @property
+    def open(self) -> bool:
+        """Whether an overwrite in a thread may be planned now; else wait for ``opened`` and plan anew."""
+        return not self._stops
+
+    async def opened(self) -> None:
+        """Return when overwrites in threads may be planned again."""
+        while self._stops:
+            await self._change()
+
+    def enter(self) -> None:
+        """Note that an overwrite goes to a thread: in the same piece as its plan."""
+        assert not self._stops
+        self._running += 1
+
+    def leave(self) -> None:
+        """Note that its thread is done."""
+        self._running -= 1
+        self._wake()
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Keep overwrites out of threads, and wait for those that are in one."""
+        self._stops += 1
+        try:
+            while self._running:
+                await self._change()
+            yield
+        finally:
+            self._stops -= 1
+            self._wake()
+
+    async def _change(self) -> None:
+        self._woken.clear()
+        await self._woken.wait()
+
+    def _wake(self) -> None:
+        self._woken.set()

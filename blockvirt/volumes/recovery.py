@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from blockvirt.errors import DamagedRecord
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
+from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord
 from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import BackingFile, backing_path, unlink_files
-from blockvirt.volumes.checkpoint import leaf_rows, write_map, write_punches
+from blockvirt.volumes.commit import FileChange, MapChange, leaf_rows, write_map
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal
 from blockvirt.volumes.journal_frames import Change, Frame, Kind, read_frames
@@ -46,9 +47,11 @@ class Replay:
     def __init__(self, context: VolumeContext, branch: BranchRecord, records: Iterable[FileRecord]) -> None:
         self.map = LeafMap(context.store, branch, LeafCache(_UNBOUNDED_BYTES))
         self.freed: list[int] = []
+        self.dropped: list[tuple[int, int]] = []
         self.used = {record.number: record.used_chunks for record in records}
-        self.live = {record.number: record.live_chunks for record in records}
+        self.live_change = dict.fromkeys(self.used, 0)
         self.mapped_chunks = branch.mapped_chunks
+        self.inherited_chunks = branch.inherited_chunks
         self.changes = 0
 
     def apply(self, change: Change) -> None:
@@ -60,10 +63,7 @@ class Replay:
             if old == entry:
                 continue
             if old:
-                self.mapped_chunks -= 1
-            if old >= FRESH:
-                self.freed.append(old & ADDRESS_MASK)
-                self.live[file_of(old)] -= 1
+                self._dropped(change.chunk + index, old)
             if entry:
                 number = file_of(entry)
                 if number not in self.used:
@@ -73,8 +73,18 @@ class Replay:
                         correction="run 'blockvirt check'; the journal is kept",
                     )
                 self.mapped_chunks += 1
-                self.live[number] += 1
+                self.live_change[number] += 1
                 self.used[number] = max(self.used[number], chunk_of(entry) + 1)
+
+    def _dropped(self, chunk: int, old: int) -> None:
+        self.mapped_chunks -= 1
+        if old >= FRESH:
+            self.freed.append(old & ADDRESS_MASK)
+            self.live_change[file_of(old)] -= 1
+        elif file_of(old) in self.used:
+            self.dropped.append((chunk, old))
+        else:
+            self.inherited_chunks -= 1
 
 
 def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Recovery:
@@ -184,22 +194,29 @@ def _cut_and_sync(files: list[BackingFile], *, forget: bool) -> None:
 
 
 def _commit(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay) -> None:
-    rows = leaf_rows(branch, replay.map.freeze())
-    recovered = replace(
-        branch,
+    leaves = replay.map.freeze()
+    recovered = MapChange(
+        branch=branch.number,
+        epoch=branch.head_epoch,
+        head_epoch=branch.head_epoch,
         # Two generations can have been open; a fresh chain makes sure that nothing left of them ever fits again.
         covered_generation=branch.covered_generation + 2,
+        covered_sequence=branch.covered_sequence,
         journal_chain=secrets.randbits(32),
         mapped_chunks=replay.mapped_chunks,
-        stopped="",
+        inherited_chunks=replay.inherited_chunks,
+        files=[
+            FileChange(record.number, replay.used[record.number], record.sealed, replay.live_change[record.number])
+            for record in records
+        ],
+        leaves=leaves,
+        freed=replay.freed,
+        dropped=replay.dropped,
     )
-    files = [
-        replace(record, used_chunks=replay.used[record.number], live_chunks=replay.live[record.number])
-        for record in records
-    ]
+    rows = leaf_rows(recovered.branch, recovered.epoch, leaves)
 
     def change(writer: Writer) -> None:
-        write_map(writer, recovered, files, rows)
-        write_punches(writer, replay.freed)
+        stored = write_map(writer, recovered, rows)
+        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=""))
 
     context.store.commit_now(change)

@@ -53,8 +53,8 @@ class SlowPath:
 
         await self._in_thread(read_all)
 
-    async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Run ``work`` in a thread, as an operation that punches must wait for.
+    async def _in_thread(self, work: Callable[[], None], *, in_place: bool = False) -> None:
+        """Run ``work`` in a thread, as an operation that punches must wait for, and freezes if it is ``in_place``.
 
         A caller that is cancelled waits for its end too: until then nobody else may have its chunks.
         """
@@ -63,6 +63,9 @@ class SlowPath:
         number = volume.inflight.enter()
         future = volume.context.threads.submit(work)
         future.add_done_callback(lambda _: volume.inflight.leave(number))
+        if in_place:
+            volume.in_place.enter()
+            future.add_done_callback(lambda _: volume.in_place.leave())
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -84,20 +87,25 @@ class SlowPath:
 
     async def _write_held(self, offset: int, data: memoryview) -> None:
         volume = self._volume
-        volume.check()
-        steps = volume.plan(offset, len(data))
-        while not volume.has_room(steps):
-            await self._make_room(steps)
+        while True:
+            volume.check()
             steps = volume.plan(offset, len(data))
-        volume.check()
+            if not volume.has_room(steps):
+                await self._make_room(steps)
+                continue
+            in_thread = volume.context.pressure.high or any(step.action is Action.COPY for step in steps)
+            in_place = in_thread and any(step.action is Action.OVERWRITE for step in steps)
+            if not in_place or volume.in_place.open:
+                break
+            await volume.in_place.opened()
         transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data)
 
         def run_all() -> None:
             for transfer in transfers:
                 transfer.run()
 
-        if volume.context.pressure.high or any(step.action is Action.COPY for step in steps):
-            await self._in_thread(run_all)
+        if in_thread:
+            await self._in_thread(run_all, in_place=in_place)
         else:
             run_all()
         volume.context.pressure.wrote(len(data))
@@ -196,6 +204,7 @@ class SlowPath:
         volume = self._volume
         chunk = first
         while chunk < end:
+            await volume.in_place.opened()
             volume.check()
             entry = volume.map.writable(chunk)
             count = 1
@@ -203,7 +212,7 @@ class SlowPath:
                 count += 1
             if entry >= FRESH:
                 file, position = volume.files.get(file_of(entry)), chunk_of(entry) << volume.chunk_shift
-                await self._in_thread(partial(file.zero, position, count << volume.chunk_shift))
+                await self._in_thread(partial(file.zero, position, count << volume.chunk_shift), in_place=True)
             else:
                 await self._map_new(chunk, count)
             chunk += count

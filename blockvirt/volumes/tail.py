@@ -71,6 +71,10 @@ class BranchFiles:
         """Return the open files that belong to this branch, oldest first."""
         return [file for number, file in sorted(self.open_files.items()) if number in self.records]
 
+    def marked(self, number: int, used_chunks: int, *, sealed: bool) -> None:
+        """Note what the store has of a file now."""
+        self.records[number] = replace(self.records[number], used_chunks=used_chunks, sealed=sealed)
+
     def unsynced(self) -> list[BackingFile]:
         """Return the files with writes that no sync covers yet."""
         return [file for file in self.open_files.values() if file.unsynced_bytes]

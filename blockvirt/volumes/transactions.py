@@ -7,8 +7,8 @@ from dataclasses import replace
 from blockvirt.errors import DamagedRecord, Exists, InUse, LimitReached, MetadataFault, NotFound, PreconditionFailed
 from blockvirt.ids import is_id
 from blockvirt.limits import MAX_VOLUMES
-from blockvirt.meta.keys import POOL_KEY, Table, number_key, unit_key
-from blockvirt.meta.records import BranchRecord, PoolRecord, VolumeRecord
+from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, number_key, unit_key, volume_branch_key
+from blockvirt.meta.records import BranchRecord, PoolRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
 
 
@@ -74,14 +74,36 @@ def insert(
     if writer.get(Table.VOLUME_NAMES, name.encode()) is not None:
         raise Overtaken
     record = replace(wanted, name=name, branch=pool.next_branch)
-    branch = BranchRecord(number=pool.next_branch, volume_id=record.id, head_epoch=pool.epoch + 1)
-    writer.put_record(Table.POOL, POOL_KEY, replace(pool, next_branch=pool.next_branch + 1, epoch=pool.epoch + 1))
-    writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
+    new_branch(writer, record.id)
     writer.put_record(Table.VOLUMES, record.id.encode(), record)
     writer.put(Table.VOLUME_NAMES, name.encode(), record.id.encode())
     if also is not None:
         also(writer, record)
     return record
+
+
+def new_branch(writer: Writer, volume_id: str, origin: SnapshotRecord | None = None) -> BranchRecord:
+    """Store a new branch of a volume, with the pool's next number and epoch; it sees what ``origin`` sees.
+
+    The caller has put that number into the volume's record.
+    """
+    pool = pool_record(writer)
+    branch = BranchRecord(
+        number=pool.next_branch,
+        volume_id=volume_id,
+        head_epoch=pool.epoch + 1,
+        first_epoch=pool.epoch + 1,
+        origin_branch=origin.branch if origin is not None else 0,
+        origin_epoch=origin.epoch if origin is not None else 0,
+        mapped_chunks=origin.mapped_chunks if origin is not None else 0,
+        inherited_chunks=origin.mapped_chunks if origin is not None else 0,
+    )
+    writer.put_record(Table.POOL, POOL_KEY, replace(pool, next_branch=pool.next_branch + 1, epoch=pool.epoch + 1))
+    writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
+    writer.put(Table.VOLUME_BRANCHES, volume_branch_key(volume_id, branch.number), b"")
+    if origin is not None:
+        writer.put(Table.POINTS, child_point_key(origin.branch, origin.epoch, branch.number), b"")
+    return branch
 
 
 def update(writer: Writer, before: VolumeRecord, after: VolumeRecord) -> VolumeRecord:

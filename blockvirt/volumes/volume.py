@@ -24,7 +24,7 @@ from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.journal_frames import CHANGE
 from blockvirt.volumes.leaf_map import LeafMap
-from blockvirt.volumes.ranges import Inflight, RangeLock
+from blockvirt.volumes.ranges import Inflight, InPlace, RangeLock
 from blockvirt.volumes.stats import VolumeStats
 from blockvirt.volumes.tail import BranchFiles, Tail
 from blockvirt.volumes.transfer import Transfer, assign
@@ -51,12 +51,17 @@ class Volume:
         self.files = BranchFiles(context, branch.number)
         self.tail = Tail(context, self.files, record, self.tasks)
         self.tail.mapped_chunks = branch.mapped_chunks
+        self.inherited_chunks = branch.inherited_chunks
+        """How many of the mapped chunks lie in files of other branches."""
         self.busy = RangeLock()
         self.inflight = Inflight()
+        self.in_place = InPlace()
         self.journal: Journal | None = None
         self.stats = VolumeStats()
         self.freed: list[int] = []
         """Addresses that lost their last entry since the last freeze: punched after the next commit."""
+        self.dropped: list[tuple[int, int]] = []
+        """(chunk, address) that the head dropped since the last freeze, and that older versions may hold."""
         self.failure: BlockvirtError | None = None
         """Why nothing is answered any more: VolumeStopped (I7), or the volume is being deleted."""
         self.age_timer: asyncio.TimerHandle | None = None
@@ -181,16 +186,16 @@ class Volume:
 
         Journalled by the next ``settle``. What the head alone had allocated is freed.
         """
-        put, freed = self.map.put, self.freed
+        put = self.map.put
         if entry:
             file = self.files.get(file_of(entry))
-            file.live_chunks += count
+            file.live_change += count
             self.tail.mapped_chunks += count
             self.context.storage.mapped(file.device_id, file.number, count)
         for index in range(count):
             old = put(chunk + index, entry + index if entry else 0)
             if old:
-                self._dropped(old, freed)
+                self._dropped(chunk + index, old)
         changes = self._changes
         if changes:
             last_chunk, last_count, last_entry = changes[-1]
@@ -201,12 +206,15 @@ class Volume:
                 return
         changes.append((chunk, count, entry))
 
-    def _dropped(self, old: int, freed: list[int]) -> None:
-        # An entry without FRESH belongs to an older version of the leaf, which snapshots or origins may still see.
-        if old >= FRESH:
-            freed.append(old & ADDRESS_MASK)
-            self.files.get(file_of(old)).live_chunks -= 1
+    def _dropped(self, chunk: int, old: int) -> None:
         self.tail.mapped_chunks -= 1
+        if old >= FRESH:
+            self.freed.append(old & ADDRESS_MASK)
+            self.files.get(file_of(old)).live_change -= 1
+        elif file_of(old) in self.files.records:
+            self.dropped.append((chunk, old))  # older versions of the leaf may hold it: the commit looks
+        else:
+            self.inherited_chunks -= 1
 
     def settle(self) -> None:
         """Journal everything staged since the last call, in one append. Raises VolumeStopped."""

@@ -1,13 +1,17 @@
 """Copy-on-write: when the head steps to a new epoch, what the older one saw never changes (the seed of I5)."""
 
 import random
-from dataclasses import replace
+from collections.abc import Sequence
 
 import pytest
 
 from blockvirt.lun.address import ADDRESS_MASK, chunk_of, file_of
+from blockvirt.meta.keys import Table, snapshot_point_key
+from blockvirt.meta.store import Writer
+from blockvirt.volumes.checkpoint import checkpoint_and_step
+from blockvirt.volumes.commit import MapChange
 from blockvirt.volumes.handle import Handle
-from blockvirt.volumes.leaf_map import visible_version
+from blockvirt.volumes.versions import visible_version
 from tests.volumes.conftest import Pool, read, write
 
 CHUNK = 4096
@@ -16,14 +20,14 @@ SIZE = CHUNK * CHUNKS
 
 
 async def step_epoch(handle: Handle) -> int:
-    """Close the head's epoch, as a snapshot will: a checkpoint, then the next number. Returns the closed one."""
-    opened = handle._opened
-    await opened.checkpointer.run_all()
-    volume = opened.volume
-    closed = volume.map.epoch
-    volume.branch_record = replace(volume.branch_record, head_epoch=closed + 1)
-    volume.map.epoch = closed + 1
-    return closed
+    """Close the head's epoch and keep it readable, as a snapshot does. Returns it."""
+
+    def keep(writer: Writer, changes: Sequence[MapChange]) -> int:
+        (change,) = changes
+        writer.put(Table.POINTS, snapshot_point_key(change.branch, change.epoch, "s"), b"")
+        return change.epoch
+
+    return await checkpoint_and_step([handle._opened.checkpointer], keep)
 
 
 def content_of_epoch(pool: Pool, handle: Handle, epoch: int) -> bytes:
