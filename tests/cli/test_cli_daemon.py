@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -137,3 +138,41 @@ def test_metrics_of_the_real_thing(daemon: Daemon) -> None:
     status, text = daemon.http("GET", "/metrics")
     assert status == 200
     assert b"\nblockvirt_pool_promised_bytes 1.073741824e+09\n" in text
+
+
+# What a service manager does: the socket listens, lies at descriptor 3 (sd_listen_fds(3)), and the daemon takes over.
+ACTIVATE = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="nbd")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Activated(Daemon):
+    """A daemon that a service manager starts with a socket beside its own."""
+
+    def command(self) -> list[str]:
+        """See Daemon."""
+        return [sys.executable, "-c", ACTIVATE, str(self.root / "activated"), *super().command()]
+
+
+async def test_an_activated_socket_is_served_beside_the_daemons_own() -> None:
+    with Activated() as daemon:
+        daemon.create(GIB)
+        given = await NbdClient.connect_unix(str(daemon.root / "activated"))
+        await given.go("v")
+        await given.write(0, b"by the socket unit")
+        own = await NbdClient.connect_unix(str(daemon.socket))
+        await own.go("v")
+        assert await own.read(0, 18) == b"by the socket unit"
+        await given.disconnect()
+        await own.disconnect()
+        daemon.stop()
+        assert (daemon.root / "activated").is_socket(), "it is the service manager's, and waits for the next start"
+        assert not daemon.socket.exists()
+        daemon.check()

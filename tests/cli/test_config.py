@@ -1,5 +1,6 @@
 """Settings in layers, their generated reference, the service unit and what is told to systemd."""
 
+import configparser
 import os
 import re
 import socket
@@ -15,10 +16,12 @@ from blockvirt.config import Settings, load, reference, reference_document, spli
 from blockvirt.errors import InvalidRequest
 from blockvirt.notify import notify
 from blockvirt.units import GIB
+from blockvirt.unix_listener import check_unix_path
 from blockvirt.volumes.ports import Endpoints
 from tests.cli.conftest import ROOT, run
 
 UNIT = ROOT / "contrib" / "systemd" / "blockvirt.service"
+SOCKET_UNIT = UNIT.with_suffix(".socket")
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +162,43 @@ def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
         ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit], capture_output=True, check=False
     )
     assert control.returncode != 0, "a unit without hardening must not pass"
+
+
+def unit_file(path: Path) -> configparser.RawConfigParser:
+    """A unit as systemd reads it: keys keep their case, and may come again."""
+    parser = configparser.RawConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(path.read_text())
+    return parser
+
+
+def test_the_socket_unit_is_not_in_the_way_of_the_daemon() -> None:
+    """The service opens its own sockets; the unit's lies elsewhere, for the service of the same name."""
+    service, unit = unit_file(UNIT), unit_file(SOCKET_UNIT)["Socket"]
+    assert SOCKET_UNIT.stem == UNIT.stem
+    assert "Service" not in unit
+    settings = load(state_dir=Path(service["Service"]["ExecStart"].split()[2]))
+    own = {str(settings.nbd_socket), str(settings.http_socket), settings.nbd, settings.http}
+    assert "/var/lib/blockvirt/nbd.sock" in own
+    assert unit["ListenStream"] not in own
+    assert Path(unit["ListenStream"]).is_absolute()
+    assert unit["ListenStream"] in (ROOT / "docs" / "operations.md").read_text()
+    check_unix_path(unit["ListenStream"])
+    assert int(unit["SocketMode"], 8) & 0o007 == 0, "without credentials it is not for everybody"
+    assert unit.get("Accept", "no") == "no"
+    assert unit["SocketUser"] == service["Service"]["User"]
+
+
+@pytest.mark.requires("systemd-analyze")
+def test_the_socket_unit_is_valid(tmp_path: Path) -> None:
+    units = [tmp_path / UNIT.name, tmp_path / SOCKET_UNIT.name]
+    units[0].write_text(UNIT.read_text().replace("/usr/bin/blockvirt", sys.executable))
+    units[1].write_text(SOCKET_UNIT.read_text())
+    verified = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (verified.returncode, verified.stderr) == (0, "")
+    units[1].write_text(SOCKET_UNIT.read_text().replace("ListenStream=", "ListenSteam="))
+    control = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert "ListenSteam" in control.stderr, "a misspelt unit must not pass"
 
 
 # --- the greeting ----------------------------------------------------------------------------------------------------
