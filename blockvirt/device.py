@@ -11,6 +11,23 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol
 
+BASE_ALLOCATION = "base:allocation"
+"""The metadata context that every export has; ``extents`` answers for it."""
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+"""A status is a number: 0 unallocated, 1 allocated in the top layer, 2 in the one below it, and so on."""
+DIRTY_SINCE = "qemu:dirty-bitmap:since-"
+"""With the name of a snapshot behind it: a status is STATE_DIRTY or 0."""
+STATE_DIRTY = 1
+"""The range may differ from the snapshot; without it the range is the same."""
+
+
+def context_matches(context: str, query: str) -> bool:
+    """Whether ``query`` asks for a metadata context: "" for all, "base:" and the like for what is inside, or its name.
+
+    QEMU, docs/interop/nbd: "qemu:" and "qemu:dirty-bitmap:" are the wildcards of its namespace.
+    """
+    return not query or context == query or (query.endswith(":") and context.startswith(query))
+
 
 class ExtentState(IntFlag):
     """What ``extents`` says of a range; the values are those of NBD's ``base:allocation`` context."""
@@ -80,6 +97,13 @@ class VolumeHandle(Protocol):
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """Describe the range in order, from ``offset`` on: at least one extent, neighbours merged, never beyond it."""
 
+    async def block_status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """Describe the range as ``context`` sees it: (length in bytes, status of 32 bits), else like ``extents``.
+
+        ``context`` is one that the handle was opened with, and not BASE_ALLOCATION. What cannot be told is an error,
+        never a status: a client that copies by a bitmap would leave out what it was told nothing of.
+        """
+
     async def close(self) -> None:
         """Let go of the volume after what is in flight. Idempotent."""
 
@@ -93,8 +117,19 @@ class ExportDirectory(Protocol):
     async def describe(self, name: str) -> "ExportInfo":
         """Return what NBD_OPT_INFO says of an export; raises NotFound."""
 
-    async def open(self, name: str, session_id: str) -> VolumeHandle:
-        """Open an export for one session; raises NotFound, VolumeStopped, ShuttingDown and others of the tree."""
+    def contexts(self, name: str, query: str) -> Sequence[str]:
+        """Return the metadata contexts of an export that match ``query`` (``context_matches``); raises NotFound.
+
+        At most ``limits.NBD_MAX_LISTED_CONTEXTS``, BASE_ALLOCATION first. A full name finds its context even where the
+        list of all would not reach it.
+        """
+
+    async def open(self, name: str, session_id: str, contexts: Sequence[str] = ()) -> VolumeHandle:
+        """Open an export for one session; raises NotFound, VolumeStopped, ShuttingDown and others of the tree.
+
+        The session may ask for the status in ``contexts``, and no others: what they need must stay while it is open. A
+        context that is gone since ``contexts`` named it is an error.
+        """
 
 
 @dataclass(frozen=True, slots=True)

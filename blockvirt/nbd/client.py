@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockvirt.device import Extent, ExtentState
+from blockvirt.device import BASE_ALLOCATION, Extent, ExtentState
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.messages import (
     CHUNK,
@@ -79,6 +79,8 @@ class NbdClient:
         self._waiting: dict[int, tuple[asyncio.Future[Reply], int]] = {}
         self._ended: NbdClientError | None = None
         self.structured = False
+        self.contexts: dict[int, str] = {}
+        """The metadata contexts that were selected last, by their ids."""
         self.size_bytes = 0
         self.flags = 0
 
@@ -161,7 +163,20 @@ class NbdClient:
 
     async def ask_allocation(self, name: str) -> bool:
         """Select base:allocation for an export; True if the server has it."""
-        return bool(await self.option(c.OPT_SET_META_CONTEXT, pack_context_request(name, [c.BASE_ALLOCATION])))
+        return bool(await self.set_contexts(name, [BASE_ALLOCATION]))
+
+    async def list_contexts(self, name: str, queries: Sequence[str] = ()) -> list[str]:
+        """Return the metadata contexts of an export that match the queries, or all of them."""
+        replies = await self.option(c.OPT_LIST_META_CONTEXT, pack_context_request(name, queries))
+        return [reply.payload[4:].decode() for reply in replies]
+
+    async def set_contexts(self, name: str, contexts: Sequence[str]) -> list[str]:
+        """Select metadata contexts for an export; returns those that the server has."""
+        self.contexts.clear()
+        for reply in await self.option(c.OPT_SET_META_CONTEXT, pack_context_request(name, contexts)):
+            (number,) = struct.unpack_from(">I", reply.payload)
+            self.contexts[number] = reply.payload[4:].decode()
+        return list(self.contexts.values())
 
     async def info(self, name: str, requests: Sequence[int] = (), *, option: int = c.OPT_INFO) -> dict[int, bytes]:
         """Return the information replies of NBD_OPT_INFO by type, and note size and flags."""
@@ -237,9 +252,20 @@ class NbdClient:
 
     async def block_status(self, offset: int, length: int, flags: int = 0) -> list[Extent]:
         """Return the base:allocation extents from ``offset`` on; raises RequestFailed."""
+        statuses = await self.statuses(offset, length, flags)
+        return [Extent(size, ExtentState(state)) for size, state in statuses[BASE_ALLOCATION]]
+
+    async def statuses(self, offset: int, length: int, flags: int = 0) -> dict[str, list[tuple[int, int]]]:
+        """Return (length in bytes, status) from ``offset`` on in every selected context; raises RequestFailed."""
         reply = await self._call(c.CMD_BLOCK_STATUS, offset, length, flags=flags)
-        payload = next(data for kind, data in reply.chunks if kind == c.REPLY_BLOCK_STATUS)
-        return [Extent(size, ExtentState(state)) for size, state in struct.iter_unpack(">II", payload[4:])]
+        found: dict[str, list[tuple[int, int]]] = {}
+        for kind, payload in reply.chunks:
+            (number,) = struct.unpack_from(">I", payload)
+            context = self.contexts.get(number, "")
+            if kind != c.REPLY_BLOCK_STATUS or not context or context in found:
+                raise NbdClientError(f"a chunk of type {kind} with context id {number} in a block status reply")
+            found[context] = list(struct.iter_unpack(">II", payload[4:]))
+        return found
 
     async def _receive_replies(self) -> None:
         try:

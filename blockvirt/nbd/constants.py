@@ -110,5 +110,5 @@ WIRE_ERRORS = {
 }
 """What each errno becomes on the wire; what is not listed becomes ``EIO``."""
 
-BASE_ALLOCATION = "base:allocation"
-BASE_ALLOCATION_ID = 1
+FIRST_CONTEXT_ID = 1
+"""Metadata contexts are numbered from here, in the order in which they were selected; 0 stands in lists."""

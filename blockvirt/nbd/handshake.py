@@ -8,10 +8,12 @@ methods. proto.md, "Fixed newstyle negotiation" and "Option types".
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import chain, islice
 
 from blockvirt.device import ExportInfo
 from blockvirt.errors import BlockvirtError, InvalidRequest, NotFound, ShuttingDown
 from blockvirt.limits import (
+    NBD_MAX_LISTED_CONTEXTS,
     NBD_MAX_OPTION_BYTES,
     NBD_MAX_OPTIONS,
     NBD_MAX_PAYLOAD_BYTES,
@@ -25,6 +27,7 @@ from blockvirt.nbd.messages import (
     GREETING,
     OPTION,
     Malformed,
+    TooBig,
     clip_text,
     info_block_size,
     info_export,
@@ -54,10 +57,20 @@ class DescribeExport:
 
 
 @dataclass(frozen=True, slots=True)
+class FindContexts:
+    """Answer with ``answer_contexts`` or ``answer_error``. A query of "" finds all contexts of the export."""
+
+    name: str
+    queries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OpenExport:
     """Open the export for this client and answer with ``answer_export`` or ``answer_error``."""
 
     name: str
+    contexts: tuple[str, ...] = ()
+    """The metadata contexts that the client selected for this export."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +87,12 @@ class Negotiated:
 
     export: str
     structured: bool
-    status: bool
-    """base:allocation was selected for this export."""
+    contexts: tuple[str, ...] = ()
+    """The metadata contexts of block status replies, numbered from FIRST_CONTEXT_ID."""
 
 
-Effect = ListExports | DescribeExport | OpenExport | Hangup | Negotiated
+Question = ListExports | DescribeExport | FindContexts | OpenExport
+Effect = Question | Hangup | Negotiated
 
 
 class _State(Enum):
@@ -99,8 +113,9 @@ class Handshake:
         self._fixed = False
         self._no_zeroes = False
         self._structured = False
-        self._context_of: str | None = None
+        self._selected: tuple[str, tuple[str, ...]] = ("", ())
         self._option = 0
+        self._finding: FindContexts | None = None
         self._answer: Callable[[ExportInfo], Effect | None] | None = None
         self._handlers: dict[int, Callable[[bytes], Effect | None]] = {
             c.OPT_EXPORT_NAME: self._export_name,
@@ -183,7 +198,7 @@ class Handshake:
         except Malformed as error:
             if option == c.OPT_EXPORT_NAME:
                 return self._hangup(f"EXPORT_NAME with {error}")
-            return self._refuse(c.REP_ERR_INVALID, str(error))
+            return self._refuse(c.REP_ERR_TOO_BIG if isinstance(error, TooBig) else c.REP_ERR_INVALID, str(error))
 
     # --- options -------------------------------------------------------------------------------------------------
 
@@ -197,7 +212,7 @@ class Handshake:
                 self._output.append(bytes(124))
             return self._begin(name)
 
-        return self._ask(OpenExport(name), opened)
+        return self._ask(OpenExport(name, self._contexts_of(name)), opened)
 
     def _abort(self, data: bytes) -> Effect | None:
         self._reply(c.REP_ACK)  # "a server SHOULD ignore any data sent by the client"
@@ -227,7 +242,7 @@ class Handshake:
             self._reply(c.REP_ACK)
             return self._begin(name)
 
-        return self._ask(OpenExport(name), opened)
+        return self._ask(OpenExport(name, self._contexts_of(name)), opened)
 
     def _structured_reply(self, data: bytes) -> Effect | None:
         if data:
@@ -239,33 +254,24 @@ class Handshake:
         return None
 
     def _list_contexts(self, data: bytes) -> Effect | None:
-        if not self._structured:  # "a server MAY send NBD_REP_ERR_INVALID"
-            raise Malformed("metadata contexts need structured replies: negotiate them first")
-        name, queries = parse_context_request(data)
-
-        def described(info: ExportInfo) -> Effect | None:
-            # "If zero queries are sent, then the server MUST return all"; "MUST support [base:] as a wildcard"
-            if not queries or {"base:", c.BASE_ALLOCATION} & set(queries):
-                self._reply(c.REP_META_CONTEXT, meta_context(0, c.BASE_ALLOCATION))
-            self._reply(c.REP_ACK)
-            return None
-
-        return self._ask(DescribeExport(name), described)
+        name, queries = self._context_request(data)
+        # "If zero queries are sent, then the server MUST return all the metadata contexts"
+        return self._find_contexts(name, _proper(queries) if queries else ("",))
 
     def _set_contexts(self, data: bytes) -> Effect | None:
-        self._context_of = None  # "replaces all previously-set metadata contexts (including when this command fails)"
-        if not self._structured:
+        self._selected = "", ()  # "replaces all previously-set metadata contexts (including when this command fails)"
+        name, queries = self._context_request(data)
+        return self._find_contexts(name, _proper(queries))
+
+    def _context_request(self, data: bytes) -> tuple[str, tuple[str, ...]]:
+        if not self._structured:  # "a server SHOULD send NBD_REP_ERR_INVALID"
             raise Malformed("metadata contexts need structured replies: negotiate them first")
-        name, queries = parse_context_request(data)
+        return parse_context_request(data)
 
-        def described(info: ExportInfo) -> Effect | None:
-            if c.BASE_ALLOCATION in queries:
-                self._context_of = name
-                self._reply(c.REP_META_CONTEXT, meta_context(c.BASE_ALLOCATION_ID, c.BASE_ALLOCATION))
-            self._reply(c.REP_ACK)
-            return None
-
-        return self._ask(DescribeExport(name), described)
+    def _find_contexts(self, name: str, queries: tuple[str, ...]) -> Effect:
+        self._state = _State.WAITING
+        self._finding = FindContexts(name, queries)
+        return self._finding
 
     # --- answers from outside ------------------------------------------------------------------------------------
 
@@ -285,10 +291,27 @@ class Handshake:
         self._state = _State.OPTIONS
         return answer(info)
 
-    def answer_error(self, error: BlockvirtError) -> Effect | None:
-        """Answer ``DescribeExport`` or ``OpenExport`` with what went wrong."""
+    def answer_contexts(self, found: Sequence[Sequence[str]]) -> None:
+        """Answer ``FindContexts``: for each of its queries the names of the contexts that match it."""
         assert self._state is _State.WAITING
-        self._answer = None
+        assert self._finding is not None
+        finding, self._finding = self._finding, None
+        self._state = _State.OPTIONS
+        if self._option == c.OPT_LIST_META_CONTEXT:
+            for context in islice(dict.fromkeys(chain.from_iterable(found)), NBD_MAX_LISTED_CONTEXTS):
+                self._reply(c.REP_META_CONTEXT, meta_context(0, context))  # "reserved and SHOULD be set to zero"
+        else:
+            # A wildcard "SHOULD NOT select any contexts": what selects a context is its own name
+            selected = tuple(query for query, names in zip(finding.queries, found, strict=True) if query in names)
+            for context_id, context in enumerate(selected, c.FIRST_CONTEXT_ID):
+                self._reply(c.REP_META_CONTEXT, meta_context(context_id, context))
+            self._selected = finding.name, selected
+        self._reply(c.REP_ACK)
+
+    def answer_error(self, error: BlockvirtError) -> Effect | None:
+        """Answer ``DescribeExport``, ``FindContexts`` or ``OpenExport`` with what went wrong."""
+        assert self._state is _State.WAITING
+        self._answer = self._finding = None
         self._state = _State.OPTIONS
         if self._option == c.OPT_EXPORT_NAME:
             # "If the server is unwilling to allow the export, it MUST terminate the session"
@@ -321,10 +344,14 @@ class Handshake:
         if c.INFO_DESCRIPTION in requests and info.description:
             self._reply(c.REP_INFO, info_text(c.INFO_DESCRIPTION, info.description))
 
+    def _contexts_of(self, name: str) -> tuple[str, ...]:
+        # They count only "where the final time it was sent, it referred to the same export name"
+        selected_of, contexts = self._selected
+        return contexts if selected_of == name else ()
+
     def _begin(self, name: str) -> Negotiated:
         self._state = _State.OVER
-        # A context counts only "where the final time it was sent, it referred to the same export name"
-        return Negotiated(name, self._structured, self._context_of == name)
+        return Negotiated(name, self._structured, self._contexts_of(name))
 
     def _reply(self, reply_type: int, payload: bytes = b"") -> None:
         self._output.append(option_reply(self._option, reply_type, payload))
@@ -336,3 +363,8 @@ class Handshake:
     def _hangup(self, reason: str, *, polite: bool = False) -> Hangup:
         self._state = _State.OVER
         return Hangup(reason, polite)
+
+
+def _proper(queries: tuple[str, ...]) -> tuple[str, ...]:
+    """Return each query once, without those that lack the colon behind a namespace: they find nothing."""
+    return tuple(dict.fromkeys(query for query in queries if ":" in query))

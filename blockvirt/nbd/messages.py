@@ -5,11 +5,11 @@ given and never allocate from a length that they have not checked.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from blockvirt.device import Capabilities, Extent
-from blockvirt.limits import NBD_MAX_NAME_BYTES
+from blockvirt.device import Capabilities
+from blockvirt.limits import NBD_MAX_CONTEXT_QUERIES, NBD_MAX_NAME_BYTES
 from blockvirt.nbd import constants as c
 
 GREETING = struct.Struct(">QQH")
@@ -38,6 +38,10 @@ MAX_DESCRIPTOR_BYTES = 0xFFFF_F000
 
 class Malformed(Exception):
     """A client message whose inside contradicts itself; its outer length was right, so framing is intact."""
+
+
+class TooBig(Malformed):
+    """A client message that asks for more than a limit allows."""
 
 
 def transmission_flags(capabilities: Capabilities, *, structured: bool) -> int:
@@ -134,7 +138,10 @@ def parse_info_request(data: bytes) -> tuple[str, frozenset[int]]:
 
 
 def parse_context_request(data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Return (export name, queries) of NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT; raises Malformed."""
+    """Return (export name, queries) of NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT.
+
+    Raises Malformed, and TooBig for more than NBD_MAX_CONTEXT_QUERIES.
+    """
     name, at = _counted(data, 0)
     if len(data) - at < 4:
         raise Malformed("the option ends before the number of queries")
@@ -142,6 +149,8 @@ def parse_context_request(data: bytes) -> tuple[str, tuple[str, ...]]:
     at += 4
     if count > (len(data) - at) // 4:  # each query has at least its length: bounds the loop by what was received
         raise Malformed(f"{count} queries in {len(data) - at} bytes")
+    if count > NBD_MAX_CONTEXT_QUERIES:
+        raise TooBig(f"{count} queries: at most {NBD_MAX_CONTEXT_QUERIES} are allowed")
     queries = []
     for _ in range(count):
         query, at = _counted(data, at)
@@ -173,23 +182,29 @@ def error_chunk(cookie: int, wire_error: int, message: str) -> bytes:
     return CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_ERROR, cookie, len(payload)) + payload
 
 
-def status_chunk(cookie: int, context_id: int, descriptors: Sequence[tuple[int, int]]) -> bytes:
-    """Return a final NBD_REPLY_TYPE_BLOCK_STATUS chunk of (length in bytes, state) descriptors."""
+def status_chunk(cookie: int, context_id: int, descriptors: Sequence[tuple[int, int]], *, last: bool = True) -> bytes:
+    """Return an NBD_REPLY_TYPE_BLOCK_STATUS chunk of (length in bytes, status) descriptors.
+
+    ``last`` if no other context's chunk follows in this reply.
+    """
     assert descriptors, "a block status reply has at least one descriptor"
     flat = [number for descriptor in descriptors for number in descriptor]
     payload = struct.pack(f">I{len(flat)}I", context_id, *flat)
-    header = CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_BLOCK_STATUS, cookie, len(payload))
-    return header + payload
+    flags = c.REPLY_FLAG_DONE if last else 0
+    return CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_BLOCK_STATUS, cookie, len(payload)) + payload
 
 
-def descriptors_of(extents: Sequence[Extent], *, most: int) -> list[tuple[int, int]]:
-    """Return up to ``most`` block descriptors for ``extents``: empty ones left out, those past 32 bits split."""
+def descriptors_of(extents: Iterable[tuple[int, int]], *, most: int) -> list[tuple[int, int]]:
+    """Return up to ``most`` block descriptors for (length in bytes, status) extents.
+
+    Empty extents are left out, those past 32 bits split.
+    """
     found: list[tuple[int, int]] = []
-    for extent in extents:
-        left, state = extent.length_bytes, int(extent.state)
+    for length_bytes, status in extents:
+        left = length_bytes
         while left > 0 and len(found) < most:
             step = min(left, MAX_DESCRIPTOR_BYTES)
-            found.append((step, state))
+            found.append((step, status))
             left -= step
         if len(found) >= most:
             break

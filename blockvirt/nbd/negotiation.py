@@ -16,11 +16,13 @@ from blockvirt.errors import BlockvirtError, DeviceFault
 from blockvirt.nbd.handshake import (
     DescribeExport,
     Effect,
+    FindContexts,
     Handshake,
     Hangup,
     ListExports,
     Negotiated,
     OpenExport,
+    Question,
 )
 from blockvirt.units import KIB
 
@@ -46,7 +48,7 @@ class Entered:
     leftover: bytes
 
 
-Opener = Callable[[str], Awaitable[OpenedExport]]
+Opener = Callable[[OpenExport], Awaitable[OpenedExport]]
 
 
 class HandshakeFailed(Exception):
@@ -101,7 +103,7 @@ class _Negotiation:
             else:
                 effect = await self._carry_out(effect)
 
-    async def _carry_out(self, effect: ListExports | DescribeExport | OpenExport) -> Effect | None:
+    async def _carry_out(self, effect: Question) -> Effect | None:
         machine = self._machine
         try:
             if isinstance(effect, ListExports):
@@ -109,7 +111,12 @@ class _Negotiation:
                 return None
             if isinstance(effect, DescribeExport):
                 return machine.answer_export(await self._directory.describe(effect.name))
-            self.opened = await self._open_export(effect.name)
+            if isinstance(effect, FindContexts):
+                directory = self._directory
+                await directory.describe(effect.name)  # it must be there, even where nothing is asked of it
+                machine.answer_contexts([directory.contexts(effect.name, query) for query in effect.queries])
+                return None
+            self.opened = await self._open_export(effect)
             return machine.answer_export(self.opened.info)
         except BlockvirtError as error:
             return machine.answer_error(error)

@@ -11,6 +11,7 @@ from blockvirt.device import ExportDirectory
 from blockvirt.errors import ShuttingDown
 from blockvirt.ids import new_id
 from blockvirt.limits import NBD_DRAIN_S, NBD_HANDSHAKE_S, NBD_MAX_CONNECTIONS
+from blockvirt.nbd.handshake import OpenExport
 from blockvirt.nbd.listeners import prepare_connection, tcp_listener
 from blockvirt.nbd.negotiation import HandshakeFailed, OpenedExport, negotiate
 from blockvirt.nbd.session import Session
@@ -164,8 +165,8 @@ class NbdServer:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._handshake_s
 
-        async def open_export(name: str) -> OpenedExport:
-            return await self._open(connection, name, deadline_s)
+        async def open_export(wanted: OpenExport) -> OpenedExport:
+            return await self._open(connection, wanted, deadline_s)
 
         try:
             try:
@@ -195,12 +196,12 @@ class NbdServer:
             del self._connections[connection.id]
             self._bury(connection)
 
-    async def _open(self, connection: _Connection, name: str, deadline_s: float) -> OpenedExport:
-        info = await self._directory.describe(name)
+    async def _open(self, connection: _Connection, wanted: OpenExport, deadline_s: float) -> OpenedExport:
+        info = await self._directory.describe(wanted.name)
         await self._fence(info.name, deadline_s)
         if self._stopping:
             raise ShuttingDown("the server is stopping", correction="connect again in a moment")
-        handle = await self._directory.open(name, connection.id)
+        handle = await self._directory.open(wanted.name, connection.id, wanted.contexts)
         connection.volume = info.name
         connection.read_only = handle.capabilities.read_only
         # The volume may have grown since it was described: what counts is what was opened

@@ -71,6 +71,7 @@ class Session:
             self._budget,
             shared.stats,
             self,
+            contexts=negotiated.contexts,
             most=limits.inflight_requests,
         )
         capabilities = handle.capabilities
@@ -82,7 +83,7 @@ class Session:
                 capabilities.read_only,
                 capabilities.fast_zero,
                 negotiated.structured,
-                negotiated.status,
+                bool(negotiated.contexts),
             ),
             replies,
             self._incoming,

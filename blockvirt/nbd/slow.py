@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Protocol
 
-from blockvirt.device import VolumeHandle
+from blockvirt.device import BASE_ALLOCATION, VolumeHandle
 from blockvirt.errors import BlockvirtError, ShuttingDown
 from blockvirt.limits import NBD_MAX_EXTENTS_PER_REPLY
 from blockvirt.nbd import constants as c
@@ -50,6 +50,7 @@ class SlowLane:
         stats: ServerStats,
         sink: ReplySink,
         *,
+        contexts: Sequence[str],
         most: int,
     ) -> None:
         self._name = name
@@ -59,6 +60,7 @@ class SlowLane:
         self._budget = budget
         self._stats = stats
         self._sink = sink
+        self._contexts = contexts
         self._most = most
         self._tasks = TaskSet(f"nbd {name}")
         self._changing: set[asyncio.Task[None]] = set()
@@ -124,7 +126,7 @@ class SlowLane:
                 punch = not flags & c.CMD_FLAG_NO_HOLE
                 await handle.zero(offset, length, punch=punch, fast=bool(flags & c.CMD_FLAG_FAST_ZERO), fua=fua)
             else:
-                return (await self._status(flags, cookie, offset, length),)
+                return await self._status(flags, cookie, offset, length)
             return (done(cookie),)
 
         charge = _STATUS_BYTES if command == c.CMD_BLOCK_STATUS else 0
@@ -133,15 +135,25 @@ class SlowLane:
         self._start(command, cookie, work, None, charge)
         return True
 
-    async def _status(self, flags: int, cookie: int, offset: int, length: int) -> bytes:
+    async def _status(self, flags: int, cookie: int, offset: int, length: int) -> Sequence[Part]:
         # "the server MAY return less data than requested": ask for no more than one reply can describe, so that a
-        # request over 4 GiB of single blocks stays bounded; the client goes on where the reply ends.
-        length = min(length, self._handle.block_bytes * NBD_MAX_EXTENTS_PER_REPLY)
-        most = 1 if flags & c.CMD_FLAG_REQ_ONE else NBD_MAX_EXTENTS_PER_REPLY
-        descriptors = descriptors_of(await self._handle.extents(offset, length), most=most)
-        if not descriptors:
-            raise ValueError(f"the volume described no extent at {offset}")
-        return status_chunk(cookie, c.BASE_ALLOCATION_ID, descriptors)
+        # request over 4 GiB of single blocks, in many contexts, stays bounded; the client goes on where the reply ends.
+        share = NBD_MAX_EXTENTS_PER_REPLY // len(self._contexts)
+        length = min(length, self._handle.block_bytes * share)
+        most = 1 if flags & c.CMD_FLAG_REQ_ONE else share
+        chunks = []  # "MUST have exactly one status chunk per negotiated metadata context ID"
+        for number, context in enumerate(self._contexts):
+            descriptors = descriptors_of(await self._describe(context, offset, length), most=most)
+            if not descriptors:
+                raise ValueError(f"the volume described no extent of {context} at {offset}")
+            last = number == len(self._contexts) - 1
+            chunks.append(status_chunk(cookie, c.FIRST_CONTEXT_ID + number, descriptors, last=last))
+        return chunks
+
+    async def _describe(self, context: str, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        if context == BASE_ALLOCATION:
+            return ((one.length_bytes, int(one.state)) for one in await self._handle.extents(offset, length))
+        return await self._handle.block_status(context, offset, length)
 
     def _start(
         self,

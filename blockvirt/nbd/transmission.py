@@ -25,7 +25,7 @@ class ExportView:
     fast_zero: bool
     structured: bool
     status: bool
-    """Whether the client may ask for block status (it selected base:allocation for this export)."""
+    """Whether the client may ask for block status (it selected a metadata context of this export)."""
 
 
 _ALLOWED_FLAGS = {

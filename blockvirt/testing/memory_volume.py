@@ -7,7 +7,17 @@ A disk can be told to refuse the ``*_now`` verbs, to block a verb until it is le
 import asyncio
 from collections.abc import Sequence
 
-from blockvirt.device import Capabilities, ExportInfo, Extent, ExtentState
+from blockvirt.device import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    DIRTY_SINCE,
+    STATE_DIRTY,
+    Capabilities,
+    ExportInfo,
+    Extent,
+    ExtentState,
+    context_matches,
+)
 from blockvirt.errors import NotFound, NotSupported
 from blockvirt.units import KIB
 
@@ -54,6 +64,9 @@ class MemoryDisk:
         """Whether ``read_now`` and ``write_now`` do their work; False sends everything the slow way."""
         self.data = bytearray(size_bytes)
         self.allocated = bytearray(-(-size_bytes // block_bytes))
+        self.dirty: dict[str, bytearray] = {}
+        """By the name of each mark, oldest first, which blocks were changed after it."""
+        self._layers = bytearray(len(self.allocated))
         self.gates: dict[str, Gate] = {}
         self.failures: dict[str, Exception] = {}
         self.calls: dict[str, int] = {}
@@ -61,15 +74,18 @@ class MemoryDisk:
         """How many handles let the loop run, or answered, with unsettled writes: always 0 with a correct caller."""
         self.open_handles = 0
         self.most_asked = 0
-        """The longest range that ``extents`` was asked about."""
+        """The longest range that ``extents`` or ``block_status`` was asked about."""
 
     def block(self, verb: str) -> Gate:
-        """Hold every further call of an async ``verb`` (read, write, zero, flush, extents) at the returned gate."""
+        """Hold every further call of an async ``verb`` at the returned gate.
+
+        The verbs: read, write, write_fua, zero, flush, extents, block_status.
+        """
         self.gates[verb] = Gate()
         return self.gates[verb]
 
     def fail(self, verb: str, error: Exception | None) -> None:
-        """Let every further call of ``verb`` raise ``error``; None ends that."""
+        """Let every further call of ``verb`` (of a handle, or "open") raise ``error``; None ends that."""
         if error is None:
             self.failures.pop(verb, None)
         else:
@@ -89,11 +105,13 @@ class MemoryDisk:
         self.data[offset : offset + len(data)] = data
         blocks = self._blocks(offset, len(data))
         self.allocated[blocks] = b"\1" * (blocks.stop - blocks.start)
+        self._changed(blocks)
 
     def clear(self, offset: int, length: int, *, punch: bool) -> None:
         """Zero bytes; whole blocks become unallocated with ``punch``, and all touched ones allocated without."""
         self.data[offset : offset + length] = bytes(length)
         blocks = self._blocks(offset, length)
+        self._changed(blocks)
         if not punch:
             self.allocated[blocks] = b"\1" * (blocks.stop - blocks.start)
             return
@@ -103,12 +121,36 @@ class MemoryDisk:
         if last > first:
             self.allocated[first:last] = bytes(last - first)
 
+    def mark(self, name: str) -> None:
+        """Begin a layer, as a snapshot would: from here on, what changes is dirty since ``name``. At most 255 times."""
+        self.dirty[name] = bytearray(len(self.allocated))
+
+    def _changed(self, blocks: slice) -> None:
+        if self.dirty:
+            count = blocks.stop - blocks.start
+            self._layers[blocks] = bytes([len(self.dirty)]) * count
+            for changed in self.dirty.values():
+                changed[blocks] = b"\1" * count
+
+    def contexts(self) -> list[str]:
+        """Return the names of all metadata contexts."""
+        return [BASE_ALLOCATION, ALLOCATION_DEPTH, *(DIRTY_SINCE + name for name in self.dirty)]
+
+    def status(self, context: str, block: int) -> int:
+        """Return the status of a block in a metadata context."""
+        if context.startswith(DIRTY_SINCE):
+            return STATE_DIRTY if self.dirty[context.removeprefix(DIRTY_SINCE)][block] else 0
+        if context == ALLOCATION_DEPTH:
+            return len(self.dirty) - self._layers[block] + 1 if self.allocated[block] else 0
+        return int(ExtentState.DATA if self.allocated[block] else ExtentState.HOLE | ExtentState.ZERO)
+
 
 class MemoryVolume:
     """One handle on a ``MemoryDisk``; keeps the contract of ``VolumeHandle`` and watches that its caller does too."""
 
-    def __init__(self, disk: MemoryDisk) -> None:
+    def __init__(self, disk: MemoryDisk, contexts: Sequence[str] = ()) -> None:
         self._disk = disk
+        self.contexts = tuple(contexts)
         self._loop = asyncio.get_running_loop()
         self._unsettled = False
         self._closed = False
@@ -184,19 +226,26 @@ class MemoryVolume:
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """Describe the range block by block, neighbours merged."""
         await self._enter("extents")
+        return [Extent(size, ExtentState(state)) for size, state in self._runs(BASE_ALLOCATION, offset, length)]
+
+    async def block_status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """Describe the range block by block, neighbours merged; checks that the context was named at the opening."""
+        await self._enter("block_status")
+        assert context in self.contexts, f"{context} was not negotiated"
+        return self._runs(context, offset, length)
+
+    def _runs(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         disk, end = self._disk, offset + length
         disk.most_asked = max(disk.most_asked, length)
-        found: list[Extent] = []
+        found: list[tuple[int, int]] = []
         while offset < end:
             number = offset // disk.block_bytes
-            state = ExtentState.DATA if disk.allocated[number] else ExtentState.HOLE | ExtentState.ZERO
             step = min((number + 1) * disk.block_bytes, end) - offset
-            if found and found[-1].state == state:
-                step += found.pop().length_bytes
-                found.append(Extent(step, state))
-                offset = min((number + 1) * disk.block_bytes, end)
-                continue
-            found.append(Extent(step, state))
+            status = disk.status(context, number)
+            if found and found[-1][1] == status:
+                found[-1] = found[-1][0] + step, status
+            else:
+                found.append((step, status))
             offset += step
         return found
 
@@ -229,8 +278,15 @@ class MemoryExports:
         disk = self._find(name)
         return ExportInfo(name, f"memory disk {name}", disk.size_bytes, disk.block_bytes, disk.capabilities)
 
-    async def open(self, name: str, session_id: str) -> MemoryVolume:
-        """Open a handle; raises NotFound."""
-        handle = MemoryVolume(self._find(name))
+    def contexts(self, name: str, query: str) -> Sequence[str]:
+        """Return the disk's contexts that match; raises NotFound."""
+        return [context for context in self._find(name).contexts() if context_matches(context, query)]
+
+    async def open(self, name: str, session_id: str, contexts: Sequence[str] = ()) -> MemoryVolume:
+        """Open a handle; raises NotFound, and what the disk was told to fail with."""
+        disk = self._find(name)
+        if (error := disk.failures.get("open")) is not None:
+            raise error
+        handle = MemoryVolume(disk, contexts)
         self.handles.append(handle)
         return handle

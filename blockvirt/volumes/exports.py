@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from blockvirt.device import Capabilities, ExportInfo
+from blockvirt.device import BASE_ALLOCATION, Capabilities, ExportInfo, context_matches
 from blockvirt.errors import NotFound
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.handle import Handle
@@ -44,7 +44,12 @@ class Exports:
             capabilities=Capabilities(),
         )
 
-    async def open(self, name: str, session_id: str) -> Handle:
+    def contexts(self, name: str, query: str) -> Sequence[str]:
+        """See ExportDirectory."""
+        self._volume(name)
+        return [context for context in (BASE_ALLOCATION,) if context_matches(context, query)]
+
+    async def open(self, name: str, session_id: str, contexts: Sequence[str] = ()) -> Handle:
         """See ExportDirectory."""
         return await self._registry.open(self._volume(name).id, session_id)
 

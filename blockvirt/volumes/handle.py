@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from blockvirt.device import Capabilities, Extent
+from blockvirt.errors import NotSupported
 from blockvirt.volumes.opened import OpenVolume
 
 
@@ -61,6 +62,10 @@ class Handle:
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """See VolumeHandle."""
         return await self._opened.slow.extents(offset, length)
+
+    async def block_status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """See VolumeHandle; raises NotSupported, since ``Exports.contexts`` offers nothing beyond base:allocation."""
+        raise NotSupported(f"the volume has no metadata context {context!r}", correction="ask for base:allocation")
 
     def lose(self) -> None:
         """Tell the session to close its connection without a reply."""

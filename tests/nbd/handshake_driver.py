@@ -1,15 +1,25 @@
 """A handshake machine in the hands of a test: fed with bytes, its effects answered from a table of exports."""
 
-from blockvirt.device import Capabilities, ExportInfo
+from blockvirt.device import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_SINCE, Capabilities, ExportInfo, context_matches
 from blockvirt.errors import BlockvirtError, NotFound
 from blockvirt.nbd import constants as c
-from blockvirt.nbd.handshake import GREETING_BYTES, DescribeExport, Effect, Handshake, ListExports, OpenExport
+from blockvirt.nbd.handshake import (
+    GREETING_BYTES,
+    DescribeExport,
+    Effect,
+    FindContexts,
+    Handshake,
+    ListExports,
+    OpenExport,
+)
 from blockvirt.nbd.messages import CLIENT_FLAGS, OPTION, OPTION_REPLY, pack_context_request, pack_info_request
 
 FLAGS = CLIENT_FLAGS.pack(c.CLIENT_FIXED_NEWSTYLE | c.CLIENT_NO_ZEROES)
 INFO = ExportInfo("v", "a volume", 1 << 30, 65536, Capabilities())
 RW_FLAGS = 0b1101_0110_1101  # everything but read-only, rotational, DF, resize
 DF = 1 << 7
+CONTEXTS = (BASE_ALLOCATION, ALLOCATION_DEPTH, DIRTY_SINCE + "a", DIRTY_SINCE + "b")
+"""What every export of a driver has."""
 
 
 def option(number: int, data: bytes = b"", magic: int = c.OPTION_MAGIC) -> bytes:
@@ -29,6 +39,7 @@ class Driver:
 
     def __init__(self, exports: dict[str, ExportInfo | BlockvirtError] | None = None) -> None:
         self.exports = {"v": INFO} if exports is None else exports
+        self.contexts: tuple[str, ...] = CONTEXTS
         self.machine = Handshake()
         assert self.machine.take_output() == GREETING_BYTES
         self.effects: list[Effect] = []
@@ -42,15 +53,22 @@ class Driver:
             if isinstance(effect, ListExports):
                 self.machine.answer_names(sorted(self.exports))
                 effect = self.machine.advance()
-            elif isinstance(effect, DescribeExport | OpenExport):
+            elif isinstance(effect, DescribeExport | FindContexts | OpenExport):
                 found = self.exports.get(effect.name, NotFound(f"no {effect.name}"))
-                if isinstance(found, ExportInfo):
+                if isinstance(found, ExportInfo) and isinstance(effect, FindContexts):
+                    self.machine.answer_contexts([self.matching(query) for query in effect.queries])
+                    effect = self.machine.advance()
+                elif isinstance(found, ExportInfo):
                     effect = self.machine.answer_export(found) or self.machine.advance()
                 else:
                     effect = self.machine.answer_error(found) or self.machine.advance()
             else:
                 effect = None
         self.output += self.machine.take_output()
+
+    def matching(self, query: str) -> list[str]:
+        """The contexts that a directory would find."""
+        return [context for context in self.contexts if context_matches(context, query)]
 
     def replies(self) -> list[tuple[int, int, bytes]]:
         """(option, type, payload) of each reply sent since the last call."""

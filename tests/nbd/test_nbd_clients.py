@@ -55,7 +55,7 @@ async def test_nbdinfo(bench: Bench, transport: str) -> None:
     (export,) = report["exports"]
     assert report["structured"]
     assert export["export-size"] == bench.disk.size_bytes
-    assert export["contexts"] == ["base:allocation"]
+    assert export["contexts"] == ["base:allocation", "qemu:allocation-depth"]
     assert [export[f"block_size_{which}"] for which in ("minimum", "preferred", "maximum")] == [1, 4096, 32 * MIB]
     features = ("cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero")
     assert all(export[f"can_{feature}"] for feature in features)

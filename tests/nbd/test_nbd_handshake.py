@@ -39,7 +39,7 @@ def test_unknown_client_flags_end_the_connection(flags: int) -> None:
 def test_go_describes_opens_and_begins() -> None:
     driver = begun()
     driver.feed(go(requests=(c.INFO_NAME, c.INFO_DESCRIPTION, c.INFO_BLOCK_SIZE, 99)) + b"request")
-    assert driver.effects == [OpenExport("v"), Negotiated("v", structured=False, status=False)]
+    assert driver.effects == [OpenExport("v"), Negotiated("v", structured=False)]
     assert driver.replies() == [
         (c.OPT_GO, c.REP_INFO, info_export(1 << 30, RW_FLAGS)),
         (c.OPT_GO, c.REP_INFO, info_block_size(1, 4096, 32 << 20)),
@@ -83,7 +83,7 @@ def test_export_name(client_flags: int, zeroes: int) -> None:
     driver = Driver()
     driver.feed(CLIENT_FLAGS.pack(client_flags) + option(c.OPT_EXPORT_NAME, b"v"))
     assert driver.output == struct.pack(">QH", 1 << 30, RW_FLAGS) + bytes(zeroes)
-    assert driver.last == Negotiated("v", structured=False, status=False)
+    assert driver.last == Negotiated("v", structured=False)
 
 
 @pytest.mark.parametrize("name", [b"other", b"", b"\xff", b"v\0", b"x" * (NBD_MAX_NAME_BYTES + 1)])

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
@@ -223,10 +224,10 @@ async def test_an_export_opened_for_a_client_that_is_gone_is_closed_again(bench:
     asked, answer = asyncio.Event(), asyncio.Event()
     inner = bench.exports.open
 
-    async def open_later(name: str, session: str) -> object:
+    async def open_later(*asked_for: Any) -> object:
         asked.set()
         await answer.wait()
-        return await inner(name, session)
+        return await inner(*asked_for)
 
     bench.exports.open = open_later  # type: ignore[method-assign, assignment]
     client = await bench.connect()
@@ -242,7 +243,7 @@ async def test_an_export_opened_for_a_client_that_is_gone_is_closed_again(bench:
 
 
 async def test_a_directory_that_fails_is_an_answer(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    async def refuse(_name: str, _session: str) -> object:
+    async def refuse(*_asked_for: Any) -> object:
         raise errors.pop(0)
 
     errors: list[Exception] = [ShuttingDown("bye"), OSError(5, "broken")]

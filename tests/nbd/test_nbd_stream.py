@@ -87,7 +87,7 @@ async def converse(stream: bytes, cuts: list[int], disk: MemoryDisk, shared: Sha
         one.setblocking(False)
     # Small socket buffers, so that replies too leave in portions
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * KIB)
-    session = Session("s", theirs, MemoryVolume(disk), Negotiated("v", structured=False, status=False), shared)
+    session = Session("s", theirs, MemoryVolume(disk), Negotiated("v", structured=False), shared)
     session.start()
     loop = asyncio.get_running_loop()
     received = bytearray()
@@ -133,7 +133,7 @@ async def test_a_session_spins_only_while_it_is_alone() -> None:
     for ours, theirs in pairs:
         ours.setblocking(False)
         theirs.setblocking(False)
-        negotiated = Negotiated("v", structured=False, status=False)
+        negotiated = Negotiated("v", structured=False)
         sessions.append(Session("s", theirs, MemoryVolume(disk), negotiated, shared))
         sessions[-1].start()
     one, other = sessions
@@ -158,7 +158,7 @@ async def test_spinning_ends_with_the_turn(spins: int) -> None:
     ours.setblocking(False)
     theirs.setblocking(False)
     disk = MemoryDisk(DISK_BYTES)
-    session = Session("s", theirs, MemoryVolume(disk), Negotiated("v", structured=False, status=False), shared)
+    session = Session("s", theirs, MemoryVolume(disk), Negotiated("v", structured=False), shared)
     session.start()
     loop = asyncio.get_running_loop()
     for cookie in range(50):
