@@ -6,12 +6,9 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import uvloop
 
@@ -19,19 +16,16 @@ from blockvirt.api.app import Services, build
 from blockvirt.api.idempotency import Idempotency
 from blockvirt.api.server import ApiServer
 from blockvirt.config import Settings
-from blockvirt.errors import BlockvirtError
-from blockvirt.limits import METADATA_COPY_INTERVAL_S
 from blockvirt.lun.presentation import Presentation
-from blockvirt.meta.copies import remember_folders, write_copy
 from blockvirt.metrics import Metrics
 from blockvirt.nbd.listeners import activation_sockets, clear_activation
 from blockvirt.nbd.server import NbdServer
 from blockvirt.notify import notify
-from blockvirt.pool.devices import COPIES
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
 from blockvirt.volumes.exports import Exports
+from blockvirt.volumes.metadata_copies import MetadataCopies
 from blockvirt.volumes.ports import Endpoints, SessionInfo
 
 log = logging.getLogger("blockvirt.daemon")
@@ -114,7 +108,8 @@ class Daemon:
             await self._listen(services, server, stack)
             workers = TaskSet("daemon")
             stack.push_async_callback(workers.close)
-            workers.start(_copy_metadata(engine, settings.state_dir), "metadata copies")
+            copies = MetadataCopies(engine.store, engine.storage, engine.context.threads, settings.state_dir)
+            workers.start(copies.run(), "metadata copies")
             self._not_ready = ""
             self._stack = stack.pop_all()
 
@@ -146,22 +141,6 @@ def _engine_settings(settings: Settings) -> EngineSettings:
         leaf_cache_bytes=settings.leaf_cache,
         metadata_reserve_bytes=settings.metadata_reserve,
     )
-
-
-async def _copy_metadata(engine: Engine, state_dir: Path) -> None:
-    """Keep compacted copies of the metadata on every device: the one LMDB file maps everything."""
-    while True:
-        folders = [path / COPIES for path in engine.storage.paths().values()]
-        for folder in folders:
-            try:
-                await engine.context.threads.run(partial(write_copy, engine.store, folder, time.time()))
-            except BlockvirtError as error:
-                log.error("no copy of the metadata in %s: %s", folder, error)
-        try:
-            await remember_folders(state_dir, folders)
-        except OSError as error:
-            log.error("cannot note where the copies of the metadata lie: %s", error)
-        await asyncio.sleep(METADATA_COPY_INTERVAL_S)
 
 
 async def run(settings: Settings, announce: Callable[[Endpoints], None]) -> None:

@@ -40,6 +40,7 @@ LMDB_MAP_MAX_BYTES = 8 * TIB  # address space; the leaves of 1 EiB of chunks in 
 STORE_GROUP_CHANGES = 64  # changes that share one synced transaction
 STORE_WAITING_CHANGES = 1_024  # changes that wait for the writer thread; more callers wait before the queue
 METADATA_COPY_INTERVAL_S = 3_600.0  # how much of the catalogue a lost state directory may cost
+METADATA_COPY_RETRY_S = 300.0  # a full disk may have room by then; a try writes as much as there is room for
 METADATA_COPIES_PER_DEVICE = 2  # the newest may be the one that was being written
 
 # --- NBD -----------------------------------------------------------------------------------------------------------

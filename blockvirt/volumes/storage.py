@@ -54,6 +54,7 @@ class PoolStorage:
         self._devices = {device.record.id: device for device in devices}
         self._problems = {problem.record.id: problem for problem in problems}
         self._identities = {device.record.id: device.identity.digest() for device in devices}
+        self._copy_problems: dict[str, str] = {}
         self.counting = asyncio.Lock()
         self._used_chunks: Counter[int] = Counter()
         """By backing file."""
@@ -170,6 +171,13 @@ class PoolStorage:
         """See Storage."""
         self._device_chunks[device_id] -= self._used_chunks.pop(file, 0)
 
+    def copied(self, device_id: str, problem: str) -> None:
+        """Note why no copy of the metadata could be written to a device; an empty ``problem``: one was."""
+        if problem:
+            self._copy_problems[device_id] = problem
+        else:
+            self._copy_problems.pop(device_id, None)
+
     # --- figures ---------------------------------------------------------------------------------------------------
 
     def _figures(self, device: Device) -> DeviceFigures:
@@ -199,7 +207,7 @@ class PoolStorage:
                 devices.append(self._out_of_use(device.record, error))
                 continue
             figures.append(mine)
-            devices.append(_in_use(device, device_space(mine)))
+            devices.append(_in_use(device, device_space(mine), self._copy_problems.get(device.record.id, "")))
         devices += [self._out_of_use(problem.record, problem.fault) for problem in self._problems.values()]
         totals = pool_totals(figures)
         pool = self._pool
@@ -315,6 +323,7 @@ class PoolStorage:
         except BaseException:
             self._devices[device_id] = device
             raise
+        self._copy_problems.pop(device_id, None)
         await self._threads.run(lambda: erase_device(device))
 
     def release(self) -> None:
@@ -323,7 +332,7 @@ class PoolStorage:
             device.release()
 
 
-def _in_use(device: Device, space: DeviceSpace) -> DeviceStatus:
+def _in_use(device: Device, space: DeviceSpace, copy_problem: str = "") -> DeviceStatus:
     record = device.record
     return DeviceStatus(
         id=record.id,
@@ -337,7 +346,7 @@ def _in_use(device: Device, space: DeviceSpace) -> DeviceStatus:
         limit_bytes=record.limit_bytes,
         reserve_bytes=record.reserve_bytes,
         labels=record.labels,
-        problem="; ".join(device.warnings),
+        problem="; ".join(filter(None, (*device.warnings, copy_problem))),
     )
 
 

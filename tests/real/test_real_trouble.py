@@ -1,5 +1,6 @@
 """Trouble around a real daemon: damaged metadata, disks that are wrong, a second daemon. Clear words, nothing lost."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from blockvirt.meta.keys import POOL_KEY, Table
 from blockvirt.meta.records import PoolRecord, encode
 from blockvirt.meta.store import Store, Writer
 from tests.real.daemon import Daemon
+from tests.real.process import ServerFailed
 
 MIB = 1 << 20
 
@@ -164,3 +166,33 @@ def test_a_wrong_disk_keeps_its_volumes_away_and_comes_back_whole(trouble: str) 
             daemon.stop()
             if mounted:
                 subprocess.run(["umount", daemon.device], check=True)
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+def test_status_names_a_disk_that_takes_no_copy_of_the_metadata() -> None:
+    with Daemon() as daemon:
+        image = daemon.root / "image"
+        with image.open("wb") as file:
+            file.truncate(32 * MIB)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(daemon.device)], check=True)
+        try:
+            shutil.rmtree(daemon.device / "lost+found")
+            daemon.start()  # makes it a device of the pool
+            daemon.stop()
+            with (daemon.device / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while filler.write(bytes(4096)):
+                    pass
+            daemon.start()
+            problem = f"device disk1: the metadata cannot be copied to {daemon.device / 'metadata'}: No space left"
+
+            def named() -> bool:
+                with pytest.raises(ServerFailed, match="exit code 1") as failed:
+                    daemon.cli("status")
+                return problem in str(failed.value)
+
+            daemon.until(named, "status does not name the disk", 60)
+            daemon.stop()
+        finally:
+            daemon.stop()
+            subprocess.run(["umount", daemon.device], check=True)

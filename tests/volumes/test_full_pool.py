@@ -1,5 +1,6 @@
 """A full pool (I10): only writes that need a new chunk fail; everything else works, and space comes back."""
 
+import asyncio
 import contextlib
 import subprocess
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from blockvirt.errors import PoolFull
+from blockvirt.meta.copies import find_copies, remembered_folders
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Writer
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.metadata_copies import MetadataCopies
 from tests.volumes.conftest import Pool, abandon, findings, read, until, until_punched, write
 
 SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
@@ -40,6 +43,15 @@ async def fill(handle: Handle) -> int:
         except PoolFull:
             return chunk
     raise AssertionError("the pool never got full")
+
+
+def fill_disk(folder: Path) -> Path:
+    """Take all space of a filesystem with a file; returns it."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return filler
 
 
 @pytest.mark.requires("root", "loop", "mkfs.ext4")
@@ -81,10 +93,7 @@ async def test_room_for_the_metadata_is_noticed_though_nothing_commits(
     await pool.start()
     store, storage = pool.engine.store, pool.engine.storage
     handle = await pool.open(await pool.volume(MIB))
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
+    filler = fill_disk(small_disk)
     number = 0
     while store.reserve_ok:  # what was allocated ahead of the reserve goes first
         number += 1
@@ -155,4 +164,35 @@ async def test_every_volume_can_trim_on_a_full_disk(tmp_path: Path, small_disk: 
         assert await read(handle, 0, MIB) == bytes(MIB // 2) + b"x" * (MIB // 2)
         await handle.close()
     assert not findings(pool)
+    await pool.close()
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+async def test_a_disk_without_room_for_a_copy_of_the_metadata_has_a_problem(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockvirt.volumes.metadata_copies.METADATA_COPY_RETRY_S", 0.01)
+    pool = Pool(tmp_path, SETTINGS)
+    await pool.start()
+    storage = pool.engine.storage
+    await storage.add(str(small_disk / "device"), "small", None, 0, {}, create=True)
+    filler = fill_disk(small_disk)
+    copies = MetadataCopies(pool.engine.store, storage, pool.engine.context.threads, pool.state_dir)
+    working = asyncio.create_task(copies.run())
+
+    def problems() -> dict[str, str]:
+        return {status.name: status.problem for status in storage.list() if status.problem}
+
+    await until(lambda: bool(problems()))
+    folder = small_disk / "device" / "metadata"
+    assert set(problems()) == {"small"}
+    assert problems()["small"].startswith(f"the metadata cannot be copied to {folder}: No space left on device; check")
+    assert len(list((pool.device / "metadata").iterdir())) <= 1, "where it worked it is not done again"
+    filler.unlink()
+    await until(lambda: not problems())
+    assert len(find_copies([folder])) == len(find_copies([pool.device / "metadata"])) == 1
+    await until(lambda: bool(remembered_folders(pool.state_dir)))
+    assert set(remembered_folders(pool.state_dir)) == {folder, pool.device / "metadata"}
+    working.cancel()
+    await asyncio.wait([working])
     await pool.close()
