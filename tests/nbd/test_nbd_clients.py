@@ -1,10 +1,8 @@
 """The clients that people use, against the server in this process: libnbd, QEMU's tools, nbdcopy, fio."""
 
-import asyncio
 import json
 import random
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,31 +12,10 @@ import pytest
 from blockvirt.nbd import constants as c
 from blockvirt.testing.memory_volume import MemoryDisk
 from blockvirt.units import KIB, MIB
+from tests.nbd.clients import both_transports, in_thread, run, uri
 from tests.nbd.conftest import Bench
 
-TOOL_S = 90.0
-both_transports = pytest.mark.parametrize("transport", ["unix", "tcp"])
 both_paths = pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
-
-
-def uri(bench: Bench, transport: str, export: str = "v") -> str:
-    return bench.uri(export) if transport == "unix" else f"nbd://127.0.0.1:{bench.address[1]}/{export}"
-
-
-async def run(*command: str | Path) -> str:
-    """Run a tool to its end while the server serves it; its output. It must succeed."""
-    process = await asyncio.create_subprocess_exec(
-        *map(str, command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(TOOL_S):
-            output, _none = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise
-    assert process.returncode == 0, f"{command}: {output.decode(errors='replace')}"
-    return output.decode()
 
 
 def scatter(disk: MemoryDisk, seed: int = 5) -> None:
@@ -163,21 +140,6 @@ async def test_fio_verifies_what_it_wrote(bench: Bench, transport: str, now: boo
     assert sum(one["write"]["total_ios"] for one in report["jobs"]) > 0
     stats = bench.server.stats()
     assert stats.errors == {}
-
-
-def in_thread(work: Callable[[], Any]) -> "asyncio.Future[Any]":
-    """Run a blocking client beside the loop that serves it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def target() -> None:
-        try:
-            loop.call_soon_threadsafe(future.set_result, work())
-        except BaseException as error:
-            loop.call_soon_threadsafe(future.set_exception, error)
-
-    threading.Thread(target=target, daemon=True).start()
-    return future
 
 
 @pytest.mark.requires("libnbd")

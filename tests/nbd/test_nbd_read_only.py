@@ -89,17 +89,20 @@ async def test_an_export_name_reaches_the_directory_as_it_is(
     assert failed.value.error == 1
 
 
+@pytest.mark.parametrize("read_only", [(True, True), (True, False), (False, True)])
 async def test_a_reader_is_no_second_writer(
-    bench: Bench, snapshot: MemoryDisk, caplog: pytest.LogCaptureFixture
+    bench: Bench, caplog: pytest.LogCaptureFixture, read_only: tuple[bool, bool]
 ) -> None:
-    """Two clients, each with a connection of its own kind, may read one snapshot."""
+    """Two clients of one volume, whichever comes first: their file systems may disagree only if both write."""
     caplog.set_level(logging.WARNING, "blockvirt.nbd")
-    for _ in range(2):
-        await bench.enter(export=NAME)
-        bench.clients.append(await NbdClient.connect_tcp(*bench.address))
-        await bench.clients[-1].go(NAME)
-        await bench.clients[-1].read(0, 1)
-    assert [session.read_only for session in bench.server.sessions()] == [True] * 4
+    bench.disk.capabilities = Capabilities(read_only=read_only[0])
+    await bench.enter()
+    bench.disk.capabilities = Capabilities(read_only=read_only[1])
+    stranger = await NbdClient.connect_tcp(*bench.address)
+    bench.clients.append(stranger)
+    await stranger.go("v")
+    await stranger.read(0, 1)
+    assert [session.read_only for session in bench.server.sessions()] == list(read_only)
     assert not caplog.records
 
 

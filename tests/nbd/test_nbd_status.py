@@ -62,9 +62,11 @@ async def test_contexts_are_listed(bench: Bench, layers: MemoryDisk) -> None:
     assert await client.list_contexts("layers", ["qemu:dirty-bitmap:"]) == [DIRTY_A, DIRTY_B]
     assert await client.list_contexts("layers", [DIRTY_B, "base:", "x-other:y"]) == [DIRTY_B, BASE_ALLOCATION]
     assert await client.list_contexts("v") == [BASE_ALLOCATION, ALLOCATION_DEPTH]
-    with pytest.raises(RefusedOption) as refused:
-        await client.list_contexts("nowhere")
-    assert refused.value.reply_type == c.REP_ERR_UNKNOWN
+    for wanted in ([], ["no namespace"], ["base:"]):
+        for number in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
+            with pytest.raises(RefusedOption) as refused:
+                await client.option(number, pack_context_request("nowhere", wanted))
+            assert refused.value.reply_type == c.REP_ERR_UNKNOWN
 
 
 @pytest.mark.parametrize("wanted", [ALL, ALL[::-1], [DIRTY_B], [ALLOCATION_DEPTH, DIRTY_A], [DIRTY_A, BASE_ALLOCATION]])
