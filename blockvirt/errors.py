@@ -133,6 +133,18 @@ class PoolLocked(BlockvirtError):
     code, nbd_errno, http_status = "pool-locked", errno.EBUSY, 409
 
 
+class StreamDamaged(BlockvirtError):
+    """A snapshot stream was cut, altered, or is none; ``at_byte`` in the details says where."""
+
+    code, nbd_errno, http_status = "stream-damaged", errno.EINVAL, 422
+
+
+class StreamVersion(BlockvirtError):
+    """A snapshot stream was made by a newer blockvirt, in a format that this one cannot read."""
+
+    code, nbd_errno, http_status = "stream-version", errno.EINVAL, 422
+
+
 class ShuttingDown(BlockvirtError):
     """The daemon is stopping; what has started finishes, nothing new begins."""
 

@@ -77,5 +77,9 @@ UNIX_PATH_MAX_BYTES = 107  # sun_path is 108 with its NUL
 CLI_MAX_HEAD_BYTES = 64 * KIB  # status line and headers of an answer: the daemon sends a few hundred bytes
 CLI_MAX_ANSWER_BYTES = 256 * MIB  # a page of API_MAX_PAGE_ITEMS hosts with 500 units each
 
+# --- snapshot streams ----------------------------------------------------------------------------------------------
+STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
+STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
+
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel

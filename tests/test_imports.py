@@ -20,6 +20,8 @@ OWNERS = {
     "rich": ("blockvirt.cli",),
     "google_crc32c": ("blockvirt.checksum",),
     "crcmod": ("blockvirt.checksum",),
+    "backports": ("blockvirt.snapshots",),
+    "compression": ("blockvirt.snapshots",),
     "uvloop": ("blockvirt.daemon",),
 }
 
@@ -36,6 +38,9 @@ PURE = {
     "blockvirt.meta.keys",
     "blockvirt.pool.placement",
     "blockvirt.pool.space",
+    "blockvirt.snapshots.stream_format",
+    "blockvirt.snapshots.stream_header",
+    "blockvirt.snapshots.stream_reader",
     "blockvirt.volumes.journal_frames",
 }
 IMPURE_LIBRARIES = {"asyncio", "os", "time", "random", "secrets", "socket", "threading", "subprocess", "lmdb"}
