@@ -81,5 +81,8 @@ CLI_MAX_ANSWER_BYTES = 256 * MIB  # a page of API_MAX_PAGE_ITEMS hosts with 500 
 STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
 STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
 
+# --- schedules -----------------------------------------------------------------------------------------------------
+MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
+
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel
