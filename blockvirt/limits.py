@@ -82,6 +82,7 @@ STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no bett
 STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
 
 # --- schedules -----------------------------------------------------------------------------------------------------
+MAX_CRON_CHARS = 256  # every second minute written out, with a list of hours; more is no schedule for people
 MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
 
 # --- threads -------------------------------------------------------------------------------------------------------

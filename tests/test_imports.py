@@ -23,6 +23,7 @@ OWNERS = {
     "backports": ("blockvirt.snapshots",),
     "compression": ("blockvirt.snapshots",),
     "uvloop": ("blockvirt.daemon",),
+    "cronsim": ("blockvirt.snapshots",),
 }
 
 # Modules whose state space is large: they decide, others do. They are tested without a clock, a loop or a disk.
@@ -41,6 +42,10 @@ PURE = {
     "blockvirt.snapshots.stream_format",
     "blockvirt.snapshots.stream_header",
     "blockvirt.snapshots.stream_reader",
+    "blockvirt.snapshots.cron",
+    "blockvirt.snapshots.retention",
+    "blockvirt.volumes.job_states",
+    "blockvirt.volumes.job_views",
     "blockvirt.volumes.journal_frames",
 }
 IMPURE_LIBRARIES = {"asyncio", "os", "time", "random", "secrets", "socket", "threading", "subprocess", "lmdb"}
