@@ -218,8 +218,12 @@ class ScheduleRecord:
     """Rule ('last', 'hourly' ...) -> how many; empty: nothing is ever pruned."""
     paused: bool = False
     revision: int = 1
+    due_after_s: float = 0.0
+    """The next run is the first one due after this: later than the last run, the last change of ``cron``, a pause."""
     last_run_s: float = 0.0
+    """When it last ran, whatever came of it; 0: never."""
     last_error: str = ""
+    """What went wrong in the last run; empty: nothing."""
     missed_runs: int = 0
     """Runs that did not take place because the daemon was down, or a volume could not be snapshotted."""
 
