@@ -82,8 +82,15 @@ STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no bett
 STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
 
 # --- schedules -----------------------------------------------------------------------------------------------------
+MAX_SCHEDULES = 1_000  # one covers many volumes by their labels; all are looked through when the daemon starts
+MAX_SCHEDULE_NAME_CHARS = 39  # with 'auto-' before it, the time and a number behind it, it fits a snapshot's name
 MAX_CRON_CHARS = 256  # every second minute written out, with a list of hours; more is no schedule for people
 MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
+MAX_MISSED_RUNS = 1_000  # counted after one downtime: 5 us of the event loop each
+MAX_PREVIEW_RUNS = 100  # next runs that one request computes: a month of daily ones, thrice
+SCHEDULE_LOOK_S = 60.0  # between two looks at the clock: it may be set, or the machine may have slept
+SCHEDULE_LATE_S = 60.0  # a run that begins later than this is a missed one that is caught up
+SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to have been wrong before
 
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel
