@@ -67,6 +67,12 @@ class BeingDeleted(BlockvirtError):
     code, nbd_errno, http_status = "being-deleted", errno.EBUSY, 409
 
 
+class WrongJobState(BlockvirtError):
+    """A job cannot be cancelled, paused or resumed in the state that it is in."""
+
+    code, nbd_errno, http_status = "job-state", errno.EBUSY, 409
+
+
 class PreconditionFailed(BlockvirtError):
     """If-Match named another revision than the current one."""
 

@@ -92,5 +92,13 @@ SCHEDULE_LOOK_S = 60.0  # between two looks at the clock: it may be set, or the 
 SCHEDULE_LATE_S = 60.0  # a run that begins later than this is a missed one that is caught up
 SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to have been wrong before
 
+# --- jobs ----------------------------------------------------------------------------------------------------------
+RUNNING_JOBS_PER_KIND = 2  # one goes on while the other waits for its disk; more would only take from the guests
+FINISHED_JOBS_PER_KIND = 256  # four minutes of a reclaim a second: a client that polls every minute misses none
+JOB_PROGRESS_S = 5.0  # how much work a kill may repeat; progress stored more often costs a sync each time
+JOB_RETRY_S = 60.0  # a reclaim that met a broken disk is tried again: its space would be lost until a restart
+JOB_RATE_WINDOW_S = 30.0  # long enough to be steady beside guest I/O, short enough to show that a job got stuck
+JOB_ERROR_CHARS = 1_000  # of a failure's message, kept with the job
+
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel
