@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from blockvirt.api.server import check_listen_host
 from blockvirt.errors import InvalidRequest
-from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, METADATA_RESERVE_BYTES
+from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, METADATA_RESERVE_BYTES, TRASH_S
 from blockvirt.units import MIB, format_size, parse_size
 from blockvirt.unix_listener import check_unix_path
 
@@ -58,6 +58,9 @@ class Settings(BaseSettings):
         METADATA_RESERVE_BYTES,
         ge=MIB,
         description="Space kept back for metadata, so that checkpoints and deletions work on a full disk.",
+    )
+    trash_s: float = Field(
+        TRASH_S, ge=0, description="Seconds that a deleted volume can be had back; 0: it is deleted for good at once."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged to stderr.")
 
@@ -162,6 +165,8 @@ def _toml(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, tuple):
         return "[" + ", ".join(f'"{each}"' for each in value) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, int):
         return f'"{format_size(value)}"'
     return f'"{value}"'

@@ -88,7 +88,7 @@ class Daemon:
             engine = await Engine.start(settings.state_dir, settings.devices, _engine_settings(settings))
             stack.push_async_callback(engine.close)
             sessions = Sessions(engine)
-            catalogue = Catalogue(engine.store, engine.registry, engine.storage)
+            catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=settings.trash_s)
             presentation = Presentation(engine.store, sessions)
             await presentation.finish_deletions()
             exports = Exports(catalogue, engine.registry, presentation.resolve, presentation.exports)
@@ -110,6 +110,7 @@ class Daemon:
             stack.push_async_callback(workers.close)
             copies = MetadataCopies(engine.store, engine.storage, engine.context.threads, settings.state_dir)
             workers.start(copies.run(), "metadata copies")
+            workers.start(catalogue.trash.run(), "trash")
             self._not_ready = ""
             self._stack = stack.pop_all()
 

@@ -24,8 +24,14 @@ DEVICE_RESERVE_MIN_BYTES = 16 * MIB  # eight journals: volumes that must trim in
 DEVICE_RESERVE_MAX_BYTES = 1 * GIB  # a hundredth of a large disk would be more than anything there ever needs
 PUNCHES_PER_BATCH = 64  # punches between two looks at other work: each stalls its file's writes for up to 8 ms on XFS
 PUNCH_PAUSE_S = 0.02  # between two batches
-DELETE_BATCH_ROWS = 2_000  # rows that one step of a volume's deletion removes: bounds a transaction to a few MiB
-DELETE_RETRY_S = 60.0  # a deletion that met a broken disk is tried again: its space would be lost until a restart
+MAX_SNAPSHOTS = 1_000_000  # of the pool: a minute's snapshot of 100 volumes, kept for a week; 1 KiB of metadata each
+MAX_GROUP_VOLUMES = 256  # snapshotted in one instant: frozen in one piece of the event loop, 100 us each
+MAX_HOLDS = 64  # of one snapshot: each is a reason of somebody's
+TRASH_S = 24 * 3_600.0  # how long a deleted volume can be had back, unless configured otherwise
+TRASH_LOOK_S = 60.0  # between two looks at the trash: the clock may be set meanwhile
+PURGE_BATCH_SNAPSHOTS = 200  # snapshots that one step of a volume's purge removes: five small rows each
+RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
+RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
 PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per so much written: 25 us each
 
 # --- journal and checkpoint ----------------------------------------------------------------------------------------
@@ -77,20 +83,20 @@ UNIX_PATH_MAX_BYTES = 107  # sun_path is 108 with its NUL
 CLI_MAX_HEAD_BYTES = 64 * KIB  # status line and headers of an answer: the daemon sends a few hundred bytes
 CLI_MAX_ANSWER_BYTES = 256 * MIB  # a page of API_MAX_PAGE_ITEMS hosts with 500 units each
 
-# --- snapshot streams ----------------------------------------------------------------------------------------------
-STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
-STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
-
 # --- schedules -----------------------------------------------------------------------------------------------------
 MAX_SCHEDULES = 1_000  # one covers many volumes by their labels; all are looked through when the daemon starts
 MAX_SCHEDULE_NAME_CHARS = 39  # with 'auto-' before it, the time and a number behind it, it fits a snapshot's name
 MAX_CRON_CHARS = 256  # every second minute written out, with a list of hours; more is no schedule for people
 MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
-MAX_MISSED_RUNS = 1_000  # counted after one downtime: 5 us of the event loop each
+MAX_MISSED_RUNS = 1_000  # counted after one downtime: up to 40 us of the event loop each
 MAX_PREVIEW_RUNS = 100  # next runs that one request computes: a month of daily ones, thrice
 SCHEDULE_LOOK_S = 60.0  # between two looks at the clock: it may be set, or the machine may have slept
 SCHEDULE_LATE_S = 60.0  # a run that begins later than this is a missed one that is caught up
 SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to have been wrong before
+
+# --- snapshot streams ----------------------------------------------------------------------------------------------
+STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
+STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
 RUNNING_JOBS_PER_KIND = 2  # one goes on while the other waits for its disk; more would only take from the guests

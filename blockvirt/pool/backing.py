@@ -65,13 +65,16 @@ class BackingFile:
         """Size of a chunk."""
         return 1 << self._chunk_shift
 
-    def open(self) -> None:
-        """Open the file, creating it only where nothing was ever handed out in it; raises DeviceFault."""
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    def open(self, *, read_only: bool = False) -> None:
+        """Open the file, creating it only where nothing was ever handed out in it; raises DeviceFault.
+
+        ``read_only``: somebody else appends to it, perhaps by a newer record than this one. Nothing of it is changed.
+        """
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             self.fd = os.open(self.path, flags)
         except FileNotFoundError:
-            if self.used_chunks:
+            if self.used_chunks or read_only:
                 raise DeviceFault(
                     f"backing file {self.path} is missing",
                     cause=f"metadata says that {self.used_chunks} chunks were handed out in it",
@@ -84,6 +87,8 @@ class BackingFile:
                 f"cannot open backing file {self.path}: {error.strerror}",
                 correction="check the device's mount and its kernel messages",
             ) from error
+        if read_only:
+            return
         if not self.used_chunks:
             os.ftruncate(self.fd, 0)  # nothing in it was ever handed out: what is there must not show
         self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift

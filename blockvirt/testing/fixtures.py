@@ -9,7 +9,7 @@ from blockvirt.ids import new_id
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.address import FRESH, address
 from blockvirt.lun.leaf import NO_ENTRIES, encode
-from blockvirt.meta.keys import POOL_KEY, Table, born_key, leaf_key, number_key, pair_key
+from blockvirt.meta.keys import POOL_KEY, Table, born_key, leaf_key, number_key, pair_key, volume_branch_key
 from blockvirt.meta.records import BranchRecord, FileRecord, PoolRecord, VolumeRecord, seal
 from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import backing_path
@@ -59,8 +59,9 @@ class _Batch:
             volume = VolumeRecord(volume_id, f"v{number:05d}", size_bytes, branch, pool.created_s)
             writer.put_record(Table.VOLUMES, volume_id.encode(), volume)
             writer.put(Table.VOLUME_NAMES, volume.name.encode(), volume_id.encode())
-            head = BranchRecord(branch, volume_id, epoch, mapped_chunks=chunks)
+            head = BranchRecord(branch, volume_id, epoch, first_epoch=epoch, mapped_chunks=chunks)
             writer.put_record(Table.BRANCHES, number_key(branch), head)
+            writer.put(Table.VOLUME_BRANCHES, volume_branch_key(volume_id, branch), b"")
             writer.put_record(Table.FILES, number_key(file), record)
             writer.put(Table.BRANCH_FILES, pair_key(branch, file), b"")
             _write_leaves(writer, head, file, chunks)

@@ -1,28 +1,27 @@
 """The catalogue of volumes: create, list, change and delete, each one metadata transaction.
 
-Promised bytes (the sum of all volume sizes) are a running figure of the event loop: a grant is taken before its
-transaction starts and given back if that fails, so what is on its way already counts and two requests cannot both get
-the last bytes. Deleting flags the record and frees the name in one transaction; chunks, files and records go in the
-background. A damaged record quarantines its volume; the rest of the catalogue works on.
+Deleting puts a volume into the trash and frees its name in one transaction; what is deleted for good goes in the
+background, as a job. A damaged record quarantines its volume; the rest of the catalogue works on.
 """
 
 import logging
 import time
 from asyncio import sleep
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from blockvirt.errors import DamagedRecord, Exists, InUse, InvalidSize, NotFound
 from blockvirt.ids import check_name, new_id
 from blockvirt.meta.keys import POOL_KEY, Table
-from blockvirt.meta.records import PoolRecord, VolumeRecord
+from blockvirt.meta.records import PoolRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Store, Writer
 from blockvirt.units import format_size
-from blockvirt.volumes.allowance import Allowance, allowance, check_grant
+from blockvirt.volumes.allowance import Allowance
 from blockvirt.volumes.ports import OpenVolumes, PoolSpace
+from blockvirt.volumes.promises import Promises
 from blockvirt.volumes.requests import NewVolume, VolumeChange, check_labels, check_placement, round_size
-from blockvirt.volumes.transactions import Overtaken, check_revision, flag_deleted, insert, locate, pool_record, update
+from blockvirt.volumes.transactions import Overtaken, check_revision, insert, locate, pool_record, retire, update
+from blockvirt.volumes.trash import Trash
 from blockvirt.volumes.views import READ_BATCH, DeviceShare, Volume, carries_labels, read_shares, read_volume
 
 log = logging.getLogger("blockvirt.catalogue")
@@ -56,34 +55,39 @@ class Deletion:
     obstacles: tuple[str, ...] = ()
     """Why it would be refused without force."""
     shares: tuple[DeviceShare, ...] = field(default=())
+    job_id: str = ""
+    """The job that takes it apart; empty: it is in the trash."""
+    purge_at_s: float = 0.0
+    """When the trash lets go of it; 0: it is not there."""
 
 
 class Catalogue:
     """All volumes of the pool. One per process; call it on the event loop."""
 
     def __init__(
-        self, store: Store, open_volumes: OpenVolumes, space: PoolSpace, *, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        open_volumes: OpenVolumes,
+        space: PoolSpace,
+        *,
+        trash_s: float = 0.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """``trash_s``: how long deleted volumes stay in the trash; 0: they are deleted for good at once."""
         self._store = store
         self._open = open_volumes
         self._space = space
         self._clock = clock
-        self._promised_bytes = 0
+        self._trash_s = trash_s
+        self.promises = Promises(store, space)
+        self.trash = Trash(store, open_volumes, self.promises, clock=clock)
         with store.read() as reader:
             self._chunk_bytes = pool_record(reader).chunk_bytes
-            for key, _ in reader.scan(Table.VOLUMES):
-                try:
-                    record = reader.record(VolumeRecord, Table.VOLUMES, key)
-                except DamagedRecord as error:
-                    log.error("volume %s is quarantined: %s", key.decode(errors="replace"), error.message)
-                    continue
-                if record is not None and not record.deleting:
-                    self._promised_bytes += record.size_bytes
 
     @property
     def promised_bytes(self) -> int:
-        """The sum of the sizes of all volumes, grants on their way included."""
-        return self._promised_bytes
+        """The sum of the sizes of all volumes, in the trash too, grants on their way included."""
+        return self.promises.promised_bytes
 
     def count(self) -> int:
         """Return how many volumes there are, without those being deleted."""
@@ -92,7 +96,7 @@ class Catalogue:
 
     def allowance(self) -> Allowance:
         """Return the largest volume one could get now, and what limits it."""
-        return allowance(self._space.status(), self._promised_bytes)
+        return self.promises.allowance()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -106,8 +110,7 @@ class Catalogue:
         """Return where a volume's data lies; empty for a damaged one."""
         with self._store.read() as reader:
             try:
-                record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
-                return read_shares(reader, record.branch, self._chunk_bytes) if record else ()
+                return read_shares(reader, volume_id, self._chunk_bytes)
             except DamagedRecord:
                 return ()
 
@@ -143,9 +146,16 @@ class Catalogue:
 
     # --- creating and changing -------------------------------------------------------------------------------------
 
-    async def create(self, wanted: NewVolume, *, also: Callable[[Writer, VolumeRecord], None] | None = None) -> Created:
+    async def create(
+        self,
+        wanted: NewVolume,
+        *,
+        also: Callable[[Writer, VolumeRecord], None] | None = None,
+        origin: SnapshotRecord | None = None,
+    ) -> Created:
         """Create a volume; the same request under the same name again returns what is there.
 
+        With ``origin`` it is a clone of that snapshot.
         ``also`` runs in the transaction that creates it, with the new record; what it raises undoes the create.
         Raises InvalidSize, InvalidName, InvalidRequest, Exists (the name belongs to another kind of volume),
         LimitReached, PoolFull and OvercommitLimit.
@@ -170,8 +180,8 @@ class Catalogue:
             placement_labels=dict(wanted.placement_labels),
         )
         try:
-            with self._grant(size_bytes):
-                record = await self._store.commit(lambda writer: insert(writer, record, also))
+            with self.promises.grant(size_bytes):
+                record = await self._store.commit(lambda writer: insert(writer, record, also, origin))
         except Overtaken:
             assert wanted.name is not None, "only a given name can be taken"
             existing = self._same(wanted.name, wanted, size_bytes)
@@ -239,7 +249,7 @@ class Catalogue:
                 return self.get(current.id)
             _check_growth(current, wanted.size_bytes)
             try:
-                with self._grant(wanted.size_bytes - current.size_bytes):
+                with self.promises.grant(wanted.size_bytes - current.size_bytes):
                     await self._store.commit(lambda writer, a=current, b=wanted: update(writer, a, b))  # type: ignore[misc]
             except Overtaken:
                 continue
@@ -249,27 +259,22 @@ class Catalogue:
             return self.get(current.id)
         raise InUse(f"volume {name_or_id!r} is being changed by others all the time", correction="try again")
 
-    @contextmanager
-    def _grant(self, extra_bytes: int) -> Iterator[None]:
-        """Promise ``extra_bytes`` more for the length of a transaction, for good if it succeeds."""
-        if extra_bytes > 0:
-            check_grant(self._space.status(), self._promised_bytes, extra_bytes)
-        self._promised_bytes += extra_bytes
-        try:
-            yield
-        except Exception:  # not a cancellation: whether the transaction went through is unknown then, so it counts
-            self._promised_bytes -= extra_bytes
-            raise
-
     # --- deleting --------------------------------------------------------------------------------------------------
 
     async def delete(
-        self, name_or_id: str, *, force: bool = False, dry_run: bool = False, expected_revision: int | None = None
+        self,
+        name_or_id: str,
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        purge: bool = False,
+        expected_revision: int | None = None,
     ) -> Deletion:
-        """Delete a volume, or with ``dry_run`` say what would go.
+        """Put a volume into the trash, or with ``purge`` delete it for good; with ``dry_run`` say what would go.
 
         Refused with InUse while a host has it mapped or a session is open, unless forced: then the mappings go in the
-        same transaction and the sessions are dropped. Raises NotFound, PreconditionFailed, DamagedRecord.
+        same transaction and the sessions are dropped; and while a snapshot of it is held, forced or not. Raises
+        NotFound, PreconditionFailed, DamagedRecord.
         """
         record = self._record(name_or_id)
         check_revision(record, expected_revision)
@@ -279,14 +284,28 @@ class Catalogue:
             return Deletion(found, deleted=False, obstacles=obstacles, shares=shares)
         if obstacles and not force:
             raise _refusal(found, obstacles)
-        record = await self._store.commit(
-            lambda writer: flag_deleted(writer, found.id, expected_revision=expected_revision, remove_units=force)
+        now_s = self._clock()
+        purge_at_s = 0.0 if purge or not self._trash_s else now_s + self._trash_s
+        record, job_id = await self._store.commit(
+            lambda writer: retire(
+                writer,
+                found.id,
+                expected_revision=expected_revision,
+                remove_units=force,
+                now_s=now_s,
+                purge_at_s=purge_at_s,
+            )
         )
-        self._promised_bytes -= record.size_bytes
-        log.info("volume %s (%s) is being deleted", record.name, record.id)
-        await self._open.discard(record.id)
-        self._open.wake_deleter()
-        return Deletion(found, deleted=True, obstacles=obstacles, shares=shares)
+        if purge_at_s:
+            log.info("volume %s (%s) is in the trash", record.name, record.id)
+            await self._open.retire(record.id)
+            self.trash.wake()
+        else:
+            self.promises.release(record.size_bytes)
+            log.info("volume %s (%s) is being deleted", record.name, record.id)
+            await self._open.discard(record.id)
+            self._open.wake_jobs()
+        return Deletion(found, deleted=True, obstacles=obstacles, shares=shares, job_id=job_id, purge_at_s=purge_at_s)
 
     async def reopen(self, name_or_id: str) -> Volume:
         """Bring a volume that has stopped back as after a power cut: what was flushed is there.

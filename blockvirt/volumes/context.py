@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from blockvirt.meta.store import Store
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.pressure import WritePressure
+from blockvirt.volumes.ranges import Inflight
 
 
 class Storage(Protocol):
@@ -64,6 +65,16 @@ class VolumeContext:
     file_chunks: int
     """Chunks after which a backing file is rotated."""
     checkpoint_age_s: float
+    inflights: set[Inflight] = field(default_factory=set)
+    """The operations in threads of everything that is open: volumes, and snapshots that are read."""
+
+    async def drained(self) -> None:
+        """Return when no operation in a thread uses an address that its map has dropped by now.
+
+        Of any volume: what one branch frees, another that comes from it may have been reading.
+        """
+        for inflight in list(self.inflights):
+            await inflight.drained()
 
 
 def files_of(store: Store, branch: int) -> list[FileRecord]:

@@ -1,109 +1,138 @@
-"""Taking deleted volumes apart in the background: files first (their space is what matters), then rows in steps.
+"""Purging volumes: what is deleted for good is taken apart in the background, as a job.
 
-Every step is idempotent: a volume flagged ``deleting`` cannot be opened, and a crash only repeats a step.
+The transaction that flags a volume ``deleting`` queues its job; from then on it cannot be opened. Every step is
+idempotent, a crash only repeats one: sessions and snapshots go, the volume's record with its heads, and then each
+branch is reclaimed. A branch that clones of other volumes come from stays as far as they see it.
 """
 
-import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
-from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
-from blockvirt.limits import DELETE_BATCH_ROWS, DELETE_RETRY_S
-from blockvirt.meta.keys import Table, number_key, pair_key
-from blockvirt.meta.records import FileRecord, VolumeRecord
-from blockvirt.meta.store import Writer
-from blockvirt.pool.backing import backing_path, unlink_files
-from blockvirt.volumes.context import VolumeContext, files_of
-from blockvirt.volumes.journal import journal_paths
+from blockvirt.errors import BlockvirtError
+from blockvirt.ids import new_id
+from blockvirt.limits import PURGE_BATCH_SNAPSHOTS
+from blockvirt.meta.keys import (
+    Table,
+    number_key,
+    pair_key,
+    snapshot_name_key,
+    snapshot_point_key,
+    split_pair,
+    split_volume_branch,
+)
+from blockvirt.meta.records import BranchRecord, JobRecord, SnapshotRecord, VolumeRecord
+from blockvirt.meta.store import Reader, Store, Writer
+from blockvirt.volumes.jobs import Running, queue_job
+from blockvirt.volumes.reclaim import Reclaimer
 
 log = logging.getLogger("blockvirt.deletion")
 
+PURGE = "purge"
 
-class Deleter:
-    """The worker that removes volumes flagged ``deleting``. One per pool."""
+
+def queue_purge(writer: Writer, volume: VolumeRecord) -> str:
+    """Flag a volume, whose name and units are gone already, and queue its purge; returns the job's id."""
+    writer.delete(Table.TRASH, volume.id.encode())
+    flagged = replace(volume, deleting=True, revision=volume.revision + 1)
+    writer.put_record(Table.VOLUMES, volume.id.encode(), flagged)
+    job = JobRecord(
+        id=new_id(), kind=PURGE, state="queued", subject=volume.name, created_s=time.time(), volume_id=volume.id
+    )
+    queue_job(writer, job)
+    return job.id
+
+
+class Purger:
+    """The worker of purge jobs. One per pool."""
 
     def __init__(
-        self, context: VolumeContext, discard: Callable[[str], Awaitable[None]], gone: Callable[[str], None]
+        self,
+        store: Store,
+        reclaimer: Reclaimer,
+        discard: Callable[[str], Awaitable[None]],
+        gone: Callable[[str], None],
     ) -> None:
         """``discard(volume id)`` drops its sessions and closes it; ``gone(volume id)`` hears of the end."""
-        self._store = context.store
-        self._storage = context.storage
-        self._threads = context.threads
+        self._store = store
+        self._reclaimer = reclaimer
         self._discard = discard
         self._gone = gone
-        self._work = asyncio.Event()
-        self._work.set()
 
-    def wake(self) -> None:
-        """Say that a volume was flagged."""
-        self._work.set()
+    async def work(self, job: Running) -> None:
+        """Do a purge job: of the volume in ``volume_id``. Raises BlockvirtError, OSError; it is tried again then."""
+        volume_id = job.record.volume_id
+        await self._discard(volume_id)
+        while await self._store.commit(partial(_remove_snapshots, volume_id)):
+            job.checkpoint()
+        branches = await self._store.commit(partial(_remove_volume, volume_id))
+        for done, branch in enumerate(branches):
+            job.checkpoint()
+            await job.advance(done, len(branches), 0)
+            for epoch in self._points_gone(branch):
+                await self._reclaimer.free(job, branch, epoch)
+        self._gone(volume_id)
+        log.info("volume %s (%s) is deleted", job.record.subject, volume_id)
 
-    async def run(self) -> None:
-        """Work until cancelled."""
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            for record in self._flagged():
-                try:
-                    await self._delete(record)
-                    continue
-                except (BlockvirtError, OSError) as error:
-                    log.error("volume %s is not wholly deleted yet: %s", record.name, error)
-                except Exception:  # a mistake of ours with one volume must not end the worker of all
-                    log.exception("deleting volume %s failed", record.name)
-                asyncio.get_running_loop().call_later(DELETE_RETRY_S, self._work.set)
-
-    def _flagged(self) -> list[VolumeRecord]:
-        flagged = []
+    def _points_gone(self, branch: int) -> list[int]:
         with self._store.read() as reader:
-            for key, _ in reader.scan(Table.VOLUMES):
-                try:
-                    record = reader.record(VolumeRecord, Table.VOLUMES, key)
-                except DamagedRecord:
-                    continue  # quarantined: whoever lists it sees that
-                if record is not None and record.deleting:
-                    flagged.append(record)
-        return flagged
-
-    async def _delete(self, record: VolumeRecord) -> None:
-        await self._discard(record.id)
-        files = files_of(self._store, record.branch)
-        await self._unlink(record.branch, files)
-        prefixes = [(Table.LEAVES, number_key(record.branch)), (Table.BORN, number_key(record.branch))]
-        prefixes += [(Table.PUNCH, number_key(file.number)) for file in files]
-        for table, prefix in prefixes:
-            while await self._store.commit(partial(_delete_rows, table, prefix)):
-                pass
-
-        def finish(writer: Writer) -> None:
-            for file in files:
-                writer.delete(Table.FILES, number_key(file.number))
-                writer.delete(Table.BRANCH_FILES, pair_key(record.branch, file.number))
-            writer.delete(Table.BRANCHES, number_key(record.branch))
-            writer.delete(Table.VOLUMES, record.id.encode())
-
-        await self._store.commit(finish)
-        for file in files:
-            self._storage.removed(file.device_id, file.number)
-        self._gone(record.id)
-        log.info("volume %s (%s) is deleted", record.name, record.id)
-
-    async def _unlink(self, branch: int, files: list[FileRecord]) -> None:
-        paths = self._storage.paths()
-        missing = {file.device_id for file in files} - paths.keys()
-        if missing:
-            raise DeviceFault(
-                f"device {missing.pop()} is missing", correction="bring it back: the deletion then goes on by itself"
-            )
-        doomed = [backing_path(paths[file.device_id], branch, file.number) for file in files]
-        doomed += [path for folder in paths.values() for path in journal_paths(folder, branch) if path.exists()]
-        await self._threads.run(lambda: unlink_files(doomed))
+            return [split_pair(key)[1] for key, _ in reader.scan(Table.RECLAIM, prefix=number_key(branch))]
 
 
-def _delete_rows(table: Table, prefix: bytes, writer: Writer) -> int:
-    """Remove some of the rows under ``prefix``; returns how many."""
-    keys = [key for (key, _), _ in zip(writer.scan(table, prefix=prefix), range(DELETE_BATCH_ROWS), strict=False)]
-    for key in keys:
-        writer.delete(table, key)
-    return len(keys)
+def _remove_snapshots(volume_id: str, writer: Writer) -> int:
+    """Remove some of a volume's snapshots; returns how many."""
+    names = writer.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
+    ids = [stored for (_, stored), _ in zip(names, range(PURGE_BATCH_SNAPSHOTS), strict=False)]
+    for key in ids:
+        snapshot = writer.record(SnapshotRecord, Table.SNAPSHOTS, key)
+        assert snapshot is not None
+        remove_snapshot(writer, snapshot)
+        writer.put(Table.RECLAIM, pair_key(snapshot.branch, snapshot.epoch), b"")
+    return len(ids)
+
+
+def remove_snapshot(writer: Writer, snapshot: SnapshotRecord) -> None:
+    """Remove a snapshot's rows. What it alone saw is another matter: see ``reclaim``."""
+    writer.delete(Table.SNAPSHOTS, snapshot.id.encode())
+    writer.delete(Table.SNAPSHOT_NAMES, snapshot_name_key(snapshot.volume_id, snapshot.name))
+    writer.delete(Table.POINTS, snapshot_point_key(snapshot.branch, snapshot.epoch, snapshot.id))
+    writer.delete(Table.SEALS, pair_key(snapshot.branch, snapshot.epoch))
+
+
+def _remove_volume(volume_id: str, writer: Writer) -> list[int]:
+    """Remove a volume's record and the heads of its branches; returns those."""
+    branches = branches_of(writer, volume_id)
+    for number in branches:
+        branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
+        if branch is not None and branch.head_epoch:
+            writer.put(Table.RECLAIM, pair_key(number, branch.head_epoch), b"")
+            writer.put_record(Table.BRANCHES, number_key(number), replace(branch, head_epoch=0))
+    writer.delete(Table.VOLUMES, volume_id.encode())
+    return branches
+
+
+def branches_of(reader: Reader, volume_id: str) -> list[int]:
+    """Return a volume's branches, oldest first: more than one where it was reverted."""
+    rows = reader.scan(Table.VOLUME_BRANCHES, prefix=f"{volume_id}/".encode())
+    return [split_volume_branch(key)[1] for key, _ in rows]
+
+
+def due_purges(reader: Reader, now_s: float) -> tuple[list[VolumeRecord], float | None]:
+    """Return the volumes that the trash lets go of by now, and when the next one is due (None: none is)."""
+    due: list[VolumeRecord] = []
+    next_s: float | None = None
+    for key, _ in reader.scan(Table.TRASH):
+        try:
+            record = reader.record(VolumeRecord, Table.VOLUMES, key)
+        except BlockvirtError as error:
+            log.error("volume %s in the trash: %s", key.decode(), error)
+            continue
+        if record is None or record.deleting:
+            continue
+        if record.purge_at_s <= now_s:
+            due.append(record)
+        else:
+            next_s = record.purge_at_s if next_s is None else min(next_s, record.purge_at_s)
+    return due, next_s

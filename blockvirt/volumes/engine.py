@@ -36,12 +36,14 @@ from blockvirt.pool.devices import claim_all
 from blockvirt.pool.lock import lock_pool
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.context import VolumeContext
-from blockvirt.volumes.deletion import Deleter
+from blockvirt.volumes.deletion import PURGE, Purger
 from blockvirt.volumes.io_threads import IoThreads
+from blockvirt.volumes.jobs import JobBoard
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.pressure import WritePressure
 from blockvirt.volumes.punch import Puncher
+from blockvirt.volumes.reclaim import RECLAIM, Reclaimer, adopt_rows
 from blockvirt.volumes.registry import VolumeRegistry
 from blockvirt.volumes.storage import PoolStorage
 
@@ -70,9 +72,15 @@ class Engine:
         self.store = context.store
         self.storage = storage
         self.leftovers = Leftovers(context)
-        self.registry = VolumeRegistry(context, self.leftovers, self._wake_deleter)
-        self.puncher = Puncher(context, self.registry.drained)
-        self.deleter = Deleter(context, self.registry.discard, self.registry.forget)
+        self.jobs = JobBoard(context.store)
+        self.sealing = asyncio.Event()
+        """Set when a snapshot was taken: what it seals is to get checksums."""
+        self.registry = VolumeRegistry(context, self.leftovers, self.jobs.wake)
+        self.puncher = Puncher(context)
+        self.reclaimer = Reclaimer(context, self.jobs.wake)
+        purger = Purger(context.store, self.reclaimer, self.registry.discard, self.registry.forget)
+        self.jobs.register(RECLAIM, self.reclaimer.work, cancellable=False, retries=True)
+        self.jobs.register(PURGE, purger.work, cancellable=False, retries=True)
         self._stack = AsyncExitStack()
 
     @classmethod
@@ -103,13 +111,11 @@ class Engine:
             workers = TaskSet("pool")
             stack.push_async_callback(workers.close)
             workers.start(engine.puncher.run(), "punch")
-            workers.start(engine.deleter.run(), "delete")
+            await store.commit(adopt_rows)
+            workers.start(engine.jobs.run(), "jobs")
             workers.start(_mend_reserve(store), "metadata reserve")
             engine._stack = stack.pop_all()
             return engine
-
-    def _wake_deleter(self) -> None:
-        self.deleter.wake()
 
     def not_ready(self) -> str:
         """Return why the pool cannot be worked with as a whole; empty when it can."""

@@ -22,6 +22,7 @@ class OpenVolume:
         self.flusher = Flusher(self.volume)
         self.checkpointer = Checkpointer(self.volume, self.flusher)
         self.slow = SlowPath(self.volume, self.flusher, self.checkpointer)
+        context.inflights.add(self.volume.inflight)
         self._watch = self.volume.tasks.start(self.checkpointer.watch(), "watch")
 
     async def close(self) -> None:
@@ -59,6 +60,7 @@ class OpenVolume:
             except OSError as error:  # what is left of it is covered: the next open removes it
                 log.error("volume %s: its journal is not removed: %s", volume.record.name, error)
         volume.map.close()
+        volume.context.inflights.discard(volume.inflight)
 
     async def _quiet(self) -> None:
         """Return when no operation is under way: sessions that were dropped may have left some."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class OpenVolumes(Protocol):
-    """The volumes that are open right now, and the worker that takes deleted ones apart."""
+    """The volumes that are open right now, and the board whose jobs take deleted ones apart."""
 
     def is_open(self, volume_id: str) -> bool:
         """Tell whether the volume holds memory and a journal at the moment."""
@@ -37,8 +37,11 @@ class OpenVolumes(Protocol):
     async def reopen(self, volume_id: str) -> None:
         """Bring a volume that has stopped (I7) back as after a power cut; raises InUse where it has not stopped."""
 
-    def wake_deleter(self) -> None:
-        """Say that a volume was flagged ``deleting``: its chunks, files and records go in the background."""
+    async def retire(self, volume_id: str) -> None:
+        """Drop the sessions of a volume that is in the trash now, and close it with a checkpoint."""
+
+    def wake_jobs(self) -> None:
+        """Say that jobs were queued: a deleted volume's chunks, files and records go in the background."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ crash repeats some punches, without harm: their addresses are never used again.
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,12 @@ class _Punch:
 class Puncher:
     """The worker of the punch table. One per pool."""
 
-    def __init__(self, context: VolumeContext, drained: Callable[[int], Awaitable[None]]) -> None:
-        """``drained(branch)`` returns when no thread uses an address that the branch's map has dropped by now."""
+    def __init__(self, context: VolumeContext) -> None:
         self._store = context.store
         self._storage = context.storage
         self._threads = context.threads
         self._chunk_shift = context.chunk_shift
-        self._drained = drained
+        self._drained = context.drained
         self._work = context.punches
         self._work.set()
 
@@ -84,8 +83,7 @@ class Puncher:
         return reader.record(FileRecord, Table.FILES, number_key(number))
 
     async def _punch(self, batch: Sequence[_Punch]) -> None:
-        for branch in {punch.file.branch for punch in batch if punch.file is not None}:
-            await self._drained(branch)
+        await self._drained()
         paths = self._storage.paths()
         done: list[_Punch] = []
         for punch in batch:

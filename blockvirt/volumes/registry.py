@@ -5,9 +5,10 @@ A volume that nobody uses holds no memory, no descriptor and no journal.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
-from blockvirt.errors import BeingDeleted, InUse, NotFound, ShuttingDown, VolumeStopped
+from blockvirt.errors import BeingDeleted, BlockvirtError, InUse, NotFound, ShuttingDown, VolumeStopped
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.tasks import TaskSet
@@ -22,23 +23,36 @@ log = logging.getLogger("blockvirt.volumes")
 class _Slot:
     """One volume's place: who holds it, and a lock under which it opens and closes."""
 
-    __slots__ = ("closing", "handles", "lock", "opened")
+    __slots__ = ("closing", "handles", "lock", "opened", "pins", "unpinned")
 
     def __init__(self) -> None:
         self.opened: OpenVolume | None = None
         self.closing: OpenVolume | None = None
-        """While it closes: only then does its record say why it stopped."""
+        """Out of ``opened``, and not closed yet."""
         self.handles: set[Handle] = set()
         self.lock = asyncio.Lock()
+        self.pins = 0
+        """Who works on the volume without a session: it stays open, and nobody takes it away meanwhile."""
+        self.unpinned = asyncio.Event()
+        self.unpinned.set()
+
+    def pin(self) -> None:
+        self.pins += 1
+        self.unpinned.clear()
+
+    def unpin(self) -> None:
+        self.pins -= 1
+        if not self.pins:
+            self.unpinned.set()
 
 
 class VolumeRegistry:
     """The open volumes of the pool."""
 
-    def __init__(self, context: VolumeContext, leftovers: Leftovers, wake_deleter: Callable[[], None]) -> None:
+    def __init__(self, context: VolumeContext, leftovers: Leftovers, wake_jobs: Callable[[], None]) -> None:
         self._context = context
         self._leftovers = leftovers
-        self._wake_deleter = wake_deleter
+        self._wake_jobs = wake_jobs
         self._slots: dict[str, _Slot] = {}
         self._volume_of: dict[str, str] = {}
         self._closing = False
@@ -51,25 +65,48 @@ class VolumeRegistry:
         self._record(volume_id)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
-            if self._closing:
-                raise ShuttingDown("the daemon is stopping", correction="connect again when it has started")
-            record = self._record(volume_id)
-            if slot.opened is None:
-                await self._leftovers.settle(record)
-                record = self._record(volume_id)  # it may have grown, or have been deleted, meanwhile
-                slot.opened = opening(self._context, record)
-            handle = Handle(slot.opened, session_id, self._close)
+            handle = Handle(await self._opened(slot, volume_id), session_id, self._close)
             slot.handles.add(handle)
             self._volume_of[session_id] = volume_id
             return handle
 
+    async def _opened(self, slot: _Slot, volume_id: str) -> OpenVolume:
+        """Return the open volume, opened now if it was not. Under the slot's lock."""
+        if self._closing:
+            raise ShuttingDown("the daemon is stopping", correction="connect again when it has started")
+        record = self._record(volume_id)
+        if slot.opened is None:
+            await self._leftovers.settle(record)
+            record = self._record(volume_id)  # it may have grown, or have been deleted, meanwhile
+            slot.opened = opening(self._context, record)
+        return slot.opened
+
+    @asynccontextmanager
+    async def pinned(self, volume_id: str) -> AsyncIterator[OpenVolume]:
+        """Have a volume open without a session: for a snapshot, for background work. Not for long: others wait.
+
+        Raises as ``open``. Who may be cancelled inside must shield what is not to be left half done.
+        """
+        self._record(volume_id)
+        slot = self._slots.setdefault(volume_id, _Slot())
+        async with slot.lock:
+            opened = await self._opened(slot, volume_id)
+            slot.pin()
+        try:
+            yield opened
+        finally:
+            slot.unpin()
+            await asyncio.shield(self._tasks.start(self._close_unused(slot), "unpin", awaited=True))
+
     def _record(self, volume_id: str) -> VolumeRecord:
-        with self._context.store.read() as reader:
-            record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
-        if record is None:
-            raise NotFound(f"there is no volume {volume_id}", correction="see 'blockvirt volume list'")
+        record = self._stored(volume_id)
         if record.deleting:
             raise BeingDeleted(f"volume {volume_id} is being deleted", correction="use another volume")
+        if record.trashed_s:
+            raise BeingDeleted(
+                f"volume {record.name} was deleted, and is in the trash",
+                correction=f"'blockvirt trash restore {volume_id}' brings it back",
+            )
         return record
 
     async def _close(self, handle: Handle) -> None:
@@ -83,8 +120,11 @@ class VolumeRegistry:
         if slot is None:  # the volume was deleted under its session
             return
         slot.handles.discard(handle)
+        await self._close_unused(slot)
+
+    async def _close_unused(self, slot: _Slot) -> None:
         async with slot.lock:
-            if slot.handles or slot.opened is None:
+            if slot.handles or slot.pins or slot.opened is None:
                 return
             slot.closing, slot.opened = slot.opened, None
             try:
@@ -131,15 +171,58 @@ class VolumeRegistry:
         for handle in list(slot.handles):
             handle.lose()
         async with slot.lock:
+            await slot.unpinned.wait()
             opened, slot.opened = slot.opened, None
             if opened is not None:
                 opened.volume.failure = BeingDeleted(f"volume {opened.volume.record.name} is being deleted")
                 await opened.abandon(keep_journal=True)
             slot.handles.clear()
 
-    def wake_deleter(self) -> None:
+    @asynccontextmanager
+    async def set_aside(self, volume_id: str, *, refuse_sessions: bool = False) -> AsyncIterator[int]:
+        """Drop a volume's sessions, close it with a checkpoint, and keep it closed as long as the context is held.
+
+        Gives the number of sessions that were dropped; with ``refuse_sessions`` raises InUse instead. What was left by
+        a dead daemon is recovered first. Raises VolumeStopped where the volume has stopped, DeviceFault, DamagedRecord.
+        """
+        slot = self._slots.setdefault(volume_id, _Slot())
+        if not refuse_sessions:
+            for handle in list(slot.handles):
+                handle.lose()
+        async with slot.lock:
+            await slot.unpinned.wait()
+            if refuse_sessions and slot.handles:
+                raise InUse(f"volume {volume_id} was opened meanwhile", correction="end its sessions, or use force")
+            dropped = len(slot.handles)
+            for handle in list(slot.handles):
+                handle.lose()
+            opened, slot.opened = slot.opened, None
+            slot.handles.clear()
+            if opened is not None:
+                await opened.close()
+                opened.volume.check()
+            else:
+                await self._leftovers.settle(self._stored(volume_id))
+            yield dropped
+
+    def _stored(self, volume_id: str) -> VolumeRecord:
+        with self._context.store.read() as reader:
+            record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+        if record is None:
+            raise NotFound(f"there is no volume {volume_id}", correction="see 'blockvirt volume list'")
+        return record
+
+    async def retire(self, volume_id: str) -> None:
         """See OpenVolumes."""
-        self._wake_deleter()
+        try:
+            async with self.set_aside(volume_id):
+                pass
+        except BlockvirtError as error:  # it is in the trash all the same; whoever restores it meets this again
+            log.error("%s: %s", error.message, error.cause)
+
+    def wake_jobs(self) -> None:
+        """See OpenVolumes."""
+        self._wake_jobs()
 
     def volume_of(self, session_id: str) -> str | None:
         """Return the id of the volume that a session has open."""
@@ -151,17 +234,12 @@ class VolumeRegistry:
         """Return the volumes that are open now."""
         return [slot.opened for slot in self._slots.values() if slot.opened is not None]
 
-    async def drained(self, branch: int) -> None:
-        """Return when no operation in a thread uses an address that the branch's map has dropped by now."""
-        for opened in self.opened():
-            if opened.volume.map.branch == branch:
-                await opened.volume.inflight.drained()
-
     async def reopen(self, volume_id: str) -> None:
         """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first."""
         self._record(volume_id)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
+            await slot.unpinned.wait()
             record = self._record(volume_id)
             opened = slot.opened
             if opened is not None:

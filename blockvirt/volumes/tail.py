@@ -43,7 +43,7 @@ class BranchFiles:
             if self._closed:  # ``records`` may be out of date by now: opening by them could cut what is in use
                 raise DeviceFault(f"backing file {number} is closed", cause="its volume has been closed")
             file = self._describe(number)
-            file.open()
+            file.open(read_only=number not in self.records)
             self._admit(file)
         return file
 

@@ -10,6 +10,7 @@ from blockvirt.limits import MAX_VOLUMES
 from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, number_key, unit_key, volume_branch_key
 from blockvirt.meta.records import BranchRecord, PoolRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
+from blockvirt.volumes.deletion import queue_purge
 
 
 class Overtaken(Exception):
@@ -36,7 +37,7 @@ def locate(reader: Reader, name_or_id: str) -> tuple[str, str]:
             record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
         except DamagedRecord:
             return volume_id, volume_id
-        if record is not None and not record.deleting:
+        if record is not None and not record.deleting and not record.trashed_s:
             return volume_id, record.name
     elif (stored := reader.get(Table.VOLUME_NAMES, name_or_id.encode())) is not None:
         return stored.decode(errors="replace"), name_or_id
@@ -55,11 +56,15 @@ def check_revision(volume: VolumeRecord, expected: int | None) -> None:
 
 
 def insert(
-    writer: Writer, wanted: VolumeRecord, also: Callable[[Writer, VolumeRecord], None] | None = None
+    writer: Writer,
+    wanted: VolumeRecord,
+    also: Callable[[Writer, VolumeRecord], None] | None = None,
+    origin: SnapshotRecord | None = None,
 ) -> VolumeRecord:
     """Store a new volume with its first branch and return it as stored; raises Overtaken where its name is taken.
 
-    The branch number and the epoch of its head come from the pool record, in this transaction; ``also`` joins in.
+    With ``origin`` it is a clone of that snapshot; raises NotFound where that went meanwhile. The branch number and the
+    epoch of its head come from the pool record, in this transaction; ``also`` joins in.
     """
     pool = pool_record(writer)
     if writer.count(Table.VOLUMES) >= MAX_VOLUMES:
@@ -74,7 +79,9 @@ def insert(
     if writer.get(Table.VOLUME_NAMES, name.encode()) is not None:
         raise Overtaken
     record = replace(wanted, name=name, branch=pool.next_branch)
-    new_branch(writer, record.id)
+    if origin is not None and writer.get(Table.SNAPSHOTS, origin.id.encode()) is None:
+        raise NotFound(f"snapshot {origin.name!r} was deleted meanwhile")
+    new_branch(writer, record.id, origin)
     writer.put_record(Table.VOLUMES, record.id.encode(), record)
     writer.put(Table.VOLUME_NAMES, name.encode(), record.id.encode())
     if also is not None:
@@ -120,15 +127,25 @@ def update(writer: Writer, before: VolumeRecord, after: VolumeRecord) -> VolumeR
     return after
 
 
-def flag_deleted(writer: Writer, volume_id: str, *, expected_revision: int | None, remove_units: bool) -> VolumeRecord:
-    """Flag a volume for the background deleter, free its name and take its units away; returns it as it was.
+def retire(
+    writer: Writer,
+    volume_id: str,
+    *,
+    expected_revision: int | None,
+    remove_units: bool,
+    now_s: float,
+    purge_at_s: float,
+) -> tuple[VolumeRecord, str]:
+    """Put a volume into the trash until ``purge_at_s``, or delete it for good where that is 0.
 
-    Raises NotFound, PreconditionFailed, and InUse where units are left and may not go.
+    Frees its name and takes its units away; returns it as it was, and the id of the purge job (empty: it is in the
+    trash). Raises NotFound, PreconditionFailed, and InUse where units are left and may not go, or a snapshot is held.
     """
     record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
-    if record is None or record.deleting:
+    if record is None or record.deleting or record.trashed_s:
         raise NotFound(f"there is no volume {volume_id!r} any more")
     check_revision(record, expected_revision)
+    snapshots_held(writer, record)
     units = [key for key, _ in writer.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/".encode())]
     if units and not remove_units:
         raise InUse(
@@ -141,5 +158,21 @@ def flag_deleted(writer: Writer, volume_id: str, *, expected_revision: int | Non
         writer.delete(Table.VOLUME_UNITS, key)
     # The name is free at once; the record keeps it for messages, without an entry in the index.
     writer.delete(Table.VOLUME_NAMES, record.name.encode())
-    writer.put_record(Table.VOLUMES, volume_id.encode(), replace(record, deleting=True, revision=record.revision + 1))
-    return record
+    if not purge_at_s:
+        return record, queue_purge(writer, record)
+    trashed = replace(record, trashed_s=now_s, purge_at_s=purge_at_s, revision=record.revision + 1)
+    writer.put_record(Table.VOLUMES, volume_id.encode(), trashed)
+    writer.put(Table.TRASH, volume_id.encode(), b"")
+    return record, ""
+
+
+def snapshots_held(reader: Reader, volume: VolumeRecord) -> None:
+    """Return if no snapshot of a volume is held; raises InUse."""
+    for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume.id}/".encode()):
+        snapshot = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        if snapshot is not None and snapshot.holds:
+            raise InUse(
+                f"snapshot {volume.name}@{snapshot.name} is held: {', '.join(snapshot.holds)}",
+                cause="its volume cannot be deleted without it",
+                correction=f"release it first ('blockvirt snapshot release {volume.name}@{snapshot.name}')",
+            )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from blockvirt.errors import DamagedRecord
 from blockvirt.lun.address import chunk_of, file_of
-from blockvirt.lun.leaf import decode
+from blockvirt.lun.leaf import NO_ENTRIES, decode
 from blockvirt.lun.versions import freed_addresses
 from blockvirt.meta.keys import (
     Table,
@@ -54,6 +54,15 @@ def visible_version(reader: Reader, branch: int, leaf: int, epoch: int) -> "tupl
         return None
     key, stored = found
     return split_leaf(key)[2], decoded(key, stored)
+
+
+def visible_through(reader: Reader, chain: Sequence[tuple[int, int]], leaf: int) -> "array[int]":
+    """Return the entries of a leaf as a point sees it; ``chain`` is its ``lineage``. Not to be changed."""
+    for branch, epoch in chain:
+        found = visible_version(reader, branch, leaf, epoch)
+        if found is not None:
+            return found[1]
+    return NO_ENTRIES
 
 
 def walk_visible(reader: Reader, chain: Sequence[tuple[int, int]]) -> "Iterator[tuple[int, int, array[int]]]":

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blockvirt.errors import DamagedRecord
-from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
+from blockvirt.meta.keys import Table, number_key, split_pair, split_volume_branch
 from blockvirt.meta.records import BranchRecord, DeviceRecord, FileRecord, HostRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.volumes.ports import OpenVolumes
@@ -117,15 +117,20 @@ def unit_names(reader: Reader, volume_id: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_shares(reader: Reader, branch: int, chunk_bytes: int) -> tuple[DeviceShare, ...]:
-    """Return where the data of a branch lies, by device name."""
+def files_of_volume(reader: Reader, volume_id: str) -> list[FileRecord]:
+    """Return the backing files of all branches of a volume."""
+    rows = reader.scan(Table.VOLUME_BRANCHES, prefix=f"{volume_id}/".encode())
+    prefixes = [number_key(split_volume_branch(key)[1]) for key, _ in rows]
+    numbers = [split_pair(key)[1] for prefix in prefixes for key, _ in reader.scan(Table.BRANCH_FILES, prefix=prefix)]
+    files = [reader.record(FileRecord, Table.FILES, number_key(number)) for number in numbers]
+    return [file for file in files if file is not None]
+
+
+def read_shares(reader: Reader, volume_id: str, chunk_bytes: int) -> tuple[DeviceShare, ...]:
+    """Return where the data of a volume lies, its snapshots' included, by device name."""
     files: dict[str, int] = {}
     chunks: dict[str, int] = {}
-    for key, _ in reader.scan(Table.BRANCH_FILES, prefix=number_key(branch)):
-        assert key == pair_key(branch, split_pair(key)[1]), "the prefix scan left its branch"
-        file = reader.record(FileRecord, Table.FILES, number_key(split_pair(key)[1]))
-        if file is None:
-            continue
+    for file in files_of_volume(reader, volume_id):
         files[file.device_id] = files.get(file.device_id, 0) + 1
         chunks[file.device_id] = chunks.get(file.device_id, 0) + file.live_chunks
     shares = []

@@ -109,7 +109,11 @@ class OpenVolumes:
         await self.server.drop_volume(volume_id)
         self.discarded.append(volume_id)
 
-    def wake_deleter(self) -> None:
+    async def retire(self, volume_id: str) -> None:
+        """Drop the sessions."""
+        await self.server.drop_volume(volume_id)
+
+    def wake_jobs(self) -> None:
         """Count."""
         self.woken += 1
 

@@ -49,7 +49,7 @@ async def test_branch_and_epoch_come_from_the_pool(control: Control) -> None:
             assert record is not None
             assert record.branch == number
             branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
-            assert branch == BranchRecord(number=number, volume_id=volume_id, head_epoch=number)
+            assert branch == BranchRecord(number=number, volume_id=volume_id, head_epoch=number, first_epoch=number)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(1, 512), (512, 512), (513, 1024), (GIB + 1, GIB + 512)])

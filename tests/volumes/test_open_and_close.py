@@ -15,7 +15,7 @@ from blockvirt.meta.store import Store
 from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import MIB
-from blockvirt.volumes import deletion, leftovers, punch
+from blockvirt.volumes import job_queues, leftovers, punch, reclaim
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.punch import Puncher
@@ -309,8 +309,8 @@ async def test_a_deletion_that_fails_is_tried_again(pool: Pool, monkeypatch: pyt
             raise ZeroDivisionError("planted: a mistake of ours")
         backing.unlink_files(paths)
 
-    monkeypatch.setattr(deletion, "unlink_files", unlink_files)
-    monkeypatch.setattr(deletion, "DELETE_RETRY_S", 0.01)
+    monkeypatch.setattr(reclaim, "unlink_files", unlink_files)
+    monkeypatch.setattr(job_queues, "JOB_RETRY_S", 0.01)
     await catalogue_of(pool).delete(first)
     await until(lambda: first not in pool.engine.registry._slots)
     assert len(tries) == 3

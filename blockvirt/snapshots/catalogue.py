@@ -1,0 +1,275 @@
+"""Snapshots: taking, listing, holding and deleting them. Constant time, whatever the size of the volume.
+
+A snapshot is a checkpoint of its volumes with an epoch step, and one record. Several volumes are frozen in one piece
+of the event loop: one instant. What only a deleted snapshot saw is freed by a reclaim job.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from blockvirt.errors import BlockvirtError, DamagedRecord, InUse, InvalidRequest, NotFound, PoolFull
+from blockvirt.ids import check_name, is_id, new_id
+from blockvirt.limits import MAX_GROUP_VOLUMES
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import SnapshotRecord, VolumeRecord
+from blockvirt.meta.store import Reader
+from blockvirt.snapshots import transactions
+from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
+from blockvirt.snapshots.transactions import Wanted
+from blockvirt.snapshots.views import Page, Snapshot, freed_by, view, volume_snapshots, volume_tree
+from blockvirt.tasks import TaskSet
+from blockvirt.volumes.checkpoint import checkpoint_and_step
+from blockvirt.volumes.engine import Engine
+from blockvirt.volumes.requests import check_labels
+from blockvirt.volumes.transactions import locate
+
+log = logging.getLogger("blockvirt.snapshots")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What deleting snapshots frees, or would free."""
+
+    snapshots: tuple[Snapshot, ...]
+    freed_bytes: int
+    """By all of them together: more than the sum of what each alone would free."""
+    deleted: bool
+    obstacles: tuple[str, ...] = ()
+    """Why it would be refused."""
+    job_ids: tuple[str, ...] = ()
+    """The reclaim jobs that give the space back."""
+
+
+class Snapshots:
+    """All snapshots of the pool. One per process; call it on the event loop."""
+
+    def __init__(self, engine: Engine, readers: SnapshotReaders, *, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._store = engine.store
+        self._readers = readers
+        self._clock = clock
+        self._chunk_bytes = 1 << engine.context.chunk_shift
+        self._tasks = TaskSet("snapshots")
+
+    # --- taking ----------------------------------------------------------------------------------------------------
+
+    async def create(
+        self, names: Mapping[str, str], *, labels: Mapping[str, str] | None = None, schedule_id: str = ""
+    ) -> list[SnapshotRecord]:
+        """Take one snapshot of each volume, all of one instant, or none. ``names``: volume (name or id) -> its name.
+
+        Raises InvalidName, NotFound, Exists, LimitReached, PoolFull (at the level 'stop'), VolumeStopped.
+        """
+        if not 0 < len(names) <= MAX_GROUP_VOLUMES:
+            raise InvalidRequest(
+                f"a group of {len(names)} volumes is not possible", correction=f"name 1 to {MAX_GROUP_VOLUMES}"
+            )
+        for name in names.values():
+            check_name(name, what="snapshot")
+        check_labels(labels or {})
+        self._check_space()
+        with self._store.read() as reader:
+            by_id = {locate(reader, volume)[0]: name for volume, name in names.items()}
+            if len(by_id) < len(names):
+                raise InvalidRequest("one volume is named twice", correction="name each once, by name or by id")
+            for volume_id, name in by_id.items():
+                volume = _volume(reader, volume_id)
+                if refusal := transactions.check_new(reader, volume, name):
+                    raise refusal
+        wanted = Wanted(
+            names=by_id,
+            labels=dict(labels or {}),
+            created_s=self._clock(),
+            group_id=new_id() if len(by_id) > 1 else "",
+            schedule_id=schedule_id,
+        )
+        records = await self._whole(self._take(wanted), "take")
+        for record in records:
+            log.info("snapshot %s of volume %s taken", record.name, record.volume_id)
+        return records
+
+    def _check_space(self) -> None:
+        if self._engine.storage.status().level == "stop":
+            raise PoolFull(
+                "no snapshot is taken while the pool is full",
+                cause="after it even overwrites would need new space",
+                correction="delete snapshots or volumes, or add a device ('blockvirt device add DIR')",
+            )
+
+    async def _take(self, wanted: Wanted) -> list[SnapshotRecord]:
+        async with AsyncExitStack() as pins:
+            parts = []
+            for volume_id in sorted(wanted.names):  # one order: two groups do not wait for each other
+                opened = await pins.enter_async_context(self._engine.registry.pinned(volume_id))
+                parts.append(opened.checkpointer)
+            outcome = await checkpoint_and_step(
+                parts, lambda writer, changes: transactions.insert(writer, wanted, changes)
+            )
+        if isinstance(outcome, BlockvirtError):
+            raise outcome
+        self._engine.sealing.set()
+        return outcome
+
+    async def _whole(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        """Run something to its end even if who asked for it is cancelled: it must not be left half done."""
+        result: T = await asyncio.shield(self._tasks.start(work, name, awaited=True))
+        return result
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def find(self, name_or_id: str) -> SnapshotRecord:
+        """Return the record of 'VOLUME@NAME', or of an id; raises NotFound, DamagedRecord."""
+        with self._store.read() as reader:
+            return find(reader, name_or_id)
+
+    async def get(self, name_or_id: str) -> Snapshot:
+        """Return a snapshot; raises NotFound, DamagedRecord."""
+        return await self._engine.context.threads.run(partial(self._get, name_or_id))
+
+    def _get(self, name_or_id: str) -> Snapshot:
+        with self._store.read() as reader:
+            record = find(reader, name_or_id)
+            volume = _volume(reader, record.volume_id)
+            parents = volume_tree(reader, volume, volume_snapshots(reader, volume.id)).parents
+            return view(reader, record, parents, self._chunk_bytes, self._readers.sessions_of(record.id))
+
+    async def list(self, volume: str | None = None, *, after: str = "", limit: int = 100) -> Page:
+        """Return up to ``limit`` snapshots behind the key ``after``, of one volume (name or id) or of all.
+
+        Within a volume oldest first. Raises NotFound.
+        """
+        return await self._engine.context.threads.run(partial(self._list, volume, after, limit))
+
+    def _list(self, volume: str | None, after: str, limit: int) -> Page:
+        """Volumes in the order of their ids, snapshots in that of creation: ``after`` is 'volume id/snapshot id'."""
+        after_volume, _, after_snapshot = after.partition("/")
+        found: list[Snapshot] = []
+        with self._store.read() as reader:
+            if volume is not None:
+                ids = [locate(reader, volume)[0]]
+            else:
+                ids = [key.decode() for key, _ in reader.scan(Table.VOLUMES, start=after_volume.encode())]
+            for volume_id in ids:
+                record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+                if record is None or record.trashed_s or record.deleting:
+                    continue
+                records = volume_snapshots(reader, volume_id)
+                parents = volume_tree(reader, record, records).parents if records else {}
+                if volume_id == after_volume:
+                    places = [place for place, each in enumerate(records) if each.id == after_snapshot]
+                    records = records[places[0] + 1 :] if places else records
+                for each in records:
+                    if len(found) == limit:
+                        return Page(tuple(found), f"{found[-1].volume_id}/{found[-1].id}")
+                    sessions = self._readers.sessions_of(each.id)
+                    found.append(view(reader, each, parents, self._chunk_bytes, sessions))
+        return Page(tuple(found), "")
+
+    def head_parent(self, volume: str) -> str:
+        """Return the id of the snapshot that a volume's head went on from; empty: none. Raises NotFound."""
+        with self._store.read() as reader:
+            record = _volume(reader, locate(reader, volume)[0])
+            return volume_tree(reader, record, volume_snapshots(reader, record.id)).head_parent
+
+    # --- holding and deleting --------------------------------------------------------------------------------------
+
+    async def hold(self, name_or_id: str, tag: str = "manual") -> SnapshotRecord:
+        """Keep a snapshot from being deleted until ``tag`` is released; raises NotFound, InvalidName, LimitReached."""
+        check_name(tag, what="hold")
+        return await self._set_hold(name_or_id, tag, hold=True)
+
+    async def release(self, name_or_id: str, tag: str = "manual") -> SnapshotRecord:
+        """Take a hold away; one that is not there is no error. Raises NotFound."""
+        return await self._set_hold(name_or_id, tag, hold=False)
+
+    async def _set_hold(self, name_or_id: str, tag: str, *, hold: bool) -> SnapshotRecord:
+        record = self.find(name_or_id)
+        return await self._store.commit(lambda writer: transactions.set_hold(writer, record.id, tag, hold=hold))
+
+    async def delete(
+        self,
+        names_or_ids: Sequence[str],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        expected_revision: int | None = None,
+    ) -> Deletion:
+        """Delete snapshots, all or none, or with ``dry_run`` say what that would free.
+
+        Refused with InUse while one is held, and while sessions read one unless ``force`` drops them. Clones and
+        younger snapshots are no obstacle. Raises NotFound, PreconditionFailed.
+        """
+        records = list({(record := self.find(each)).id: record for each in names_or_ids}.values())
+        views, freed_bytes = await self._engine.context.threads.run(partial(self._would_free, records))
+        obstacles = tuple(_obstacles(views))
+        if dry_run:
+            return Deletion(views, freed_bytes, deleted=False, obstacles=obstacles)
+        for record, shown in zip(records, views, strict=True):
+            transactions.check_revision(record, expected_revision)
+            if record.holds:
+                raise transactions.held(f"{shown.volume}@{shown.name}", record)
+            if shown.sessions and not force:
+                raise InUse(
+                    f"snapshot {shown.volume}@{shown.name} is being read by {shown.sessions} sessions",
+                    correction="end them ('blockvirt session list'), or use force",
+                    sessions=shown.sessions,
+                )
+        jobs = await self.delete_ids([record.id for record in records], expected_revision)
+        for shown in views:
+            log.info("snapshot %s@%s deleted", shown.volume, shown.name)
+        return Deletion(views, freed_bytes, deleted=True, job_ids=jobs)
+
+    def _would_free(self, records: Sequence[SnapshotRecord]) -> tuple[tuple[Snapshot, ...], int]:
+        with self._store.read() as reader:
+            views = tuple(
+                view(reader, each, {}, self._chunk_bytes, self._readers.sessions_of(each.id)) for each in records
+            )
+            return views, freed_by(reader, records) * self._chunk_bytes
+
+    async def delete_ids(self, ids: Sequence[str], expected_revision: int | None = None) -> tuple[str, ...]:
+        """Delete snapshots by their ids, all or none, sessions or not; returns the reclaim jobs' ids.
+
+        One that is gone is no error. Raises InUse where one is held, PreconditionFailed.
+        """
+        jobs = await self._store.commit(lambda writer: transactions.delete(writer, ids, expected_revision))
+        for snapshot_id in ids:
+            self._readers.drop(snapshot_id)
+        self._engine.jobs.wake(*jobs)
+        return tuple(jobs)
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._tasks.wait()
+
+
+def find(reader: Reader, name_or_id: str) -> SnapshotRecord:
+    """Return the record of 'VOLUME@NAME', or of an id; raises NotFound, DamagedRecord."""
+    volume, at, name = name_or_id.partition("@")
+    if at:
+        return find_snapshot(reader, locate(reader, volume)[0], name)
+    if is_id(name_or_id):
+        plain = name_or_id.replace("-", "")
+        snapshot_id = "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+        record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode())
+        if record is not None:
+            return record
+    raise NotFound(f"there is no snapshot {name_or_id[:200]!r}", correction="name one as VOLUME@SNAPSHOT, or by its id")
+
+
+def _volume(reader: Reader, volume_id: str) -> VolumeRecord:
+    record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+    if record is None:
+        raise DamagedRecord(f"volume {volume_id} has no record", correction="run 'blockvirt check'")
+    return record
+
+
+def _obstacles(views: Sequence[Snapshot]) -> list[str]:
+    obstacles = [f"{each.volume}@{each.name} is held: {', '.join(each.holds)}" for each in views if each.holds]
+    return obstacles + [f"{each.sessions} sessions read {each.volume}@{each.name}" for each in views if each.sessions]

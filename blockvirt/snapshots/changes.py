@@ -1,0 +1,76 @@
+"""What changed between two points of the pool's history: two snapshots, or a snapshot and a volume's last checkpoint.
+
+Works wherever the two have a branch in common: within a volume, across its reverts, between a clone and its origin.
+Only leaves that got a version between the two are looked at, so the cost grows with what changed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
+from blockvirt.meta.store import Reader
+from blockvirt.snapshots.diff import Change, compare
+from blockvirt.volumes.gaps import born_between
+from blockvirt.volumes.versions import branch_record, lineage, visible_through
+
+Chain = Sequence[tuple[int, int]]
+"""Where a point's map is looked up, nearest first: (branch, newest epoch visible there)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A moment in the history of a branch."""
+
+    branch: int
+    epoch: int
+
+
+def chain_of(reader: Reader, point: Point) -> Chain:
+    """Return where a point's map is looked up; raises DamagedRecord."""
+    return lineage(reader, branch_record(reader, point.branch), point.epoch)
+
+
+def changed_leaves(reader: Reader, old: Chain, new: Chain) -> list[int]:
+    """Return the numbers of the leaves that may differ between two points, in order. ``old`` may be empty: nothing."""
+    epochs = dict(old)
+    leaves: set[int] = set()
+    shared = 0
+    for branch, epoch in new:
+        if branch in epochs:
+            shared = branch
+            low, high = sorted((epochs[branch], epoch))
+            leaves.update(leaf for _, leaf, _ in born_between(reader, branch, low + 1, high))
+            break
+        leaves.update(leaf for _, leaf, _ in born_between(reader, branch, 0, epoch))
+    for branch, epoch in old:
+        if branch == shared:
+            break
+        leaves.update(leaf for _, leaf, _ in born_between(reader, branch, 0, epoch))
+    return sorted(leaves)
+
+
+def changes(reader: Reader, old: Chain, new: Chain, first_chunk: int = 0, end_chunk: int = 1 << 40) -> Iterator[Change]:
+    """Yield what of the chunks from ``first_chunk`` on, below ``end_chunk``, differs; neighbours merged, in order.
+
+    Raises DamagedRecord.
+    """
+    held: Change | None = None
+    for leaf in changed_leaves(reader, old, new):
+        base = leaf << SLOT_BITS
+        if base + (1 << SLOT_BITS) <= first_chunk:
+            continue
+        if base >= end_chunk:
+            break
+        before = visible_through(reader, old, leaf) if old else NO_ENTRIES
+        for change in compare(base, before, visible_through(reader, new, leaf)):
+            start, end = max(change.chunk, first_chunk), min(change.chunk + change.count, end_chunk)
+            if start >= end:
+                continue
+            if held is not None and held.chunk + held.count == start and held.zero == change.zero:
+                held = Change(held.chunk, held.count + end - start, held.zero)
+                continue
+            if held is not None:
+                yield held
+            held = Change(start, end - start, change.zero)
+    if held is not None:
+        yield held

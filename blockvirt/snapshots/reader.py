@@ -1,0 +1,249 @@
+"""A snapshot that is open for reading: its map at one epoch, its files, and the handles of its sessions.
+
+What it sees never changes, so there is no journal, no flush and no lock; reads are pinned against punching like those
+of a volume, for the one case that matters: a clone's chunks that were read where the origin had them, until a flatten.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+
+from blockvirt.device import ALLOCATION_DEPTH, STATE_DIRTY, Capabilities, Extent, ExtentState
+from blockvirt.errors import DeviceFault, NotSupported, ReadOnly
+from blockvirt.lun.address import CHUNK_MASK, chunk_of, file_of
+from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
+from blockvirt.lun.plan import plan_read
+from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord
+from blockvirt.pool.backing import BackingFile, backing_path
+from blockvirt.snapshots.changes import Chain, Point, chain_of, changes
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.leaf_map import LeafMap
+from blockvirt.volumes.ranges import Inflight
+from blockvirt.volumes.volume import fill_zeros
+
+_STATUS_CHUNKS = 1 << 16  # that one answer describes at most: bounds the time of a thread, clients ask on
+
+
+class OpenSnapshot:
+    """One snapshot, shared by its readers. Lives on the event loop."""
+
+    def __init__(self, context: VolumeContext, record: SnapshotRecord, branch: BranchRecord) -> None:
+        self.context = context
+        self.record = record
+        self.chunk_shift = context.chunk_shift
+        self.map = LeafMap(context.store, replace(branch, head_epoch=record.epoch), context.cache)
+        self.inflight = Inflight()
+        self._files: dict[int, BackingFile] = {}
+        context.inflights.add(self.inflight)
+
+    def file(self, number: int) -> BackingFile:
+        """Return an open file; raises DeviceFault where its device or the file itself is not there."""
+        file = self._files.get(number)
+        if file is None:
+            with self.context.store.read() as reader:
+                record = reader.record(FileRecord, Table.FILES, number_key(number))
+            if record is None:
+                raise DeviceFault(
+                    f"backing file {number} has no record in the metadata", correction="run 'blockvirt check'"
+                )
+            folder = self.context.storage.path_of(record.device_id)
+            file = BackingFile(record, backing_path(folder, record.branch, number), self.chunk_shift)
+            file.open(read_only=True)
+            self._files[number] = file
+        return file
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` from the page cache; False where a thread must read. Raises DeviceFault, OSError."""
+        chunk, within = offset >> self.chunk_shift, offset & ((1 << self.chunk_shift) - 1)
+        if within + len(into) <= 1 << self.chunk_shift:
+            entry = self.map.leaf(chunk >> SLOT_BITS).entries[chunk & SLOT_MASK]
+            if not entry:
+                fill_zeros(into)
+                return True
+            return self.file(file_of(entry)).read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+        for file, position, part in self.parts(offset, into):
+            if file is None:
+                fill_zeros(part)
+            elif not file.read_cached(part, position):
+                return False
+        return True
+
+    def parts(self, offset: int, into: memoryview) -> list[tuple[BackingFile | None, int, memoryview]]:
+        """Return where each piece of a range lies: (file, position, piece of ``into``), None for zeros."""
+        found: list[tuple[BackingFile | None, int, memoryview]] = []
+        for step in plan_read(self.map.readable, offset, len(into), self.chunk_shift):
+            part = into[step.start : step.start + step.length]
+            if step.entry:
+                position = (chunk_of(step.entry) << self.chunk_shift) + step.within
+                found.append((self.file(file_of(step.entry)), position, part))
+            else:
+                found.append((None, 0, part))
+        return found
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into``, in a thread. Raises DeviceFault, OSError."""
+        parts = self.parts(offset, into)
+
+        def read_all() -> None:
+            for file, position, part in parts:
+                if file is None:
+                    fill_zeros(part)
+                else:
+                    file.read(part, position)
+
+        number = self.inflight.enter()
+        future = self.context.threads.submit(read_all)
+        future.add_done_callback(lambda _: self.inflight.leave(number))
+        await asyncio.shield(future)
+
+    async def close(self) -> None:
+        """Close the descriptors when no read is under way."""
+        await self.inflight.drained()
+        self.context.inflights.discard(self.inflight)
+        files, self._files = list(self._files.values()), {}
+        for file in files:
+            file.close()
+        self.map.close()
+
+    # --- what contexts say -----------------------------------------------------------------------------------------
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe a range by chunks: data, or a hole that reads as zeros."""
+        hole = ExtentState.HOLE | ExtentState.ZERO
+        runs = self._runs(offset, length, lambda entry: ExtentState.DATA if entry else hole)
+        return [Extent(size, ExtentState(state)) for size, state in runs]
+
+    def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Describe a range by how far back its chunks lie: 0 nowhere, 1 in its branch, 2 in the origin of that ..."""
+        depth_of: dict[int, int] = {}
+
+        def depth(entry: int) -> int:
+            if not entry:
+                return 0
+            number = file_of(entry)
+            if number not in depth_of:
+                depth_of[number] = self._depth_of_file(number)
+            return depth_of[number]
+
+        return self._runs(offset, length, depth)
+
+    def _depth_of_file(self, number: int) -> int:
+        with self.context.store.read() as reader:
+            record = reader.record(FileRecord, Table.FILES, number_key(number))
+            branches = [branch for branch, _ in chain_of(reader, Point(self.record.branch, self.record.epoch))]
+        if record is None or record.branch not in branches:
+            return len(branches) + 1  # what an origin of its origins had left to it
+        return branches.index(record.branch) + 1
+
+    def _runs(self, offset: int, length: int, state_of: Callable[[int], int]) -> list[tuple[int, int]]:
+        shift, end = self.chunk_shift, offset + length
+        end = min(end, ((offset >> shift) + _STATUS_CHUNKS) << shift)
+        found: list[tuple[int, int]] = []
+        at = offset
+        while at < end:
+            stop = min(end, ((at >> shift) + 1) << shift)
+            state = int(state_of(self.map.readable(at >> shift)))
+            if found and found[-1][1] == state:
+                found[-1] = (found[-1][0] + stop - at, state)
+            else:
+                found.append((stop - at, state))
+            at = stop
+        return found
+
+    def dirty(self, base: Chain, offset: int, length: int) -> list[tuple[int, int]]:
+        """Describe a range by what differs from the point that ``base`` looks up. Blocks; for a thread."""
+        shift, end = self.chunk_shift, offset + length
+        found: list[tuple[int, int]] = []
+        at = offset
+        with self.context.store.read() as reader:
+            mine = chain_of(reader, Point(self.record.branch, self.record.epoch))
+            for change in changes(reader, base, mine, offset >> shift, ((end - 1) >> shift) + 1):
+                start, stop = max(offset, change.chunk << shift), min(end, (change.chunk + change.count) << shift)
+                if at < start:
+                    found.append((start - at, 0))
+                if found and found[-1][1] == STATE_DIRTY:
+                    found[-1] = (found[-1][0] + stop - start, STATE_DIRTY)
+                else:
+                    found.append((stop - start, STATE_DIRTY))
+                at = stop
+        if at < end:
+            found.append((end - at, 0))
+        return found
+
+
+class SnapshotHandle:
+    """A session's handle on an open snapshot: the seam of ``device.VolumeHandle``, for reading only."""
+
+    def __init__(
+        self,
+        opened: OpenSnapshot,
+        session_id: str,
+        bases: Mapping[str, SnapshotRecord],
+        close: "Callable[[SnapshotHandle], Awaitable[None]]",
+    ) -> None:
+        """``bases``: the snapshots that dirty-bitmap contexts compare with, by context; they stay meanwhile."""
+        self.opened = opened
+        self.session_id = session_id
+        self.bases = bases
+        self.size_bytes = opened.record.size_bytes
+        self.block_bytes = 1 << opened.chunk_shift
+        self.capabilities = Capabilities(read_only=True)
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.read_now = opened.read_now
+        self._close: Callable[[SnapshotHandle], Awaitable[None]] | None = close
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """See VolumeHandle; raises ReadOnly."""
+        raise self._refusal()
+
+    def settle(self) -> None:
+        """See VolumeHandle: nothing is ever staged."""
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """See VolumeHandle."""
+        await self.opened.read(offset, into)
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """See VolumeHandle; raises ReadOnly."""
+        raise self._refusal()
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fast: bool = False, fua: bool = False) -> None:
+        """See VolumeHandle; raises ReadOnly."""
+        raise self._refusal()
+
+    def _refusal(self) -> ReadOnly:
+        return ReadOnly(
+            f"snapshot {self.opened.record.name} cannot be written to",
+            correction="make a clone of it ('blockvirt snapshot clone')",
+        )
+
+    async def flush(self) -> None:
+        """See VolumeHandle: everything was durable before the snapshot was."""
+
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        """See VolumeHandle."""
+        return self.opened.extents(offset, length)
+
+    async def block_status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """See VolumeHandle; raises NotSupported for a context that was not negotiated."""
+        opened = self.opened
+        if context == ALLOCATION_DEPTH:
+            return opened.depths(offset, length)
+        base = self.bases.get(context)
+        if base is None:
+            raise NotSupported(f"the snapshot has no metadata context {context!r}", correction="negotiate it first")
+        with opened.context.store.read() as reader:
+            chain = chain_of(reader, Point(base.branch, base.epoch))
+        return await opened.context.threads.run(lambda: opened.dirty(chain, offset, length))
+
+    def lose(self) -> None:
+        """Tell the session to close its connection without a reply."""
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    async def close(self) -> None:
+        """See VolumeHandle."""
+        close, self._close = self._close, None
+        if close is not None:
+            await close(self)

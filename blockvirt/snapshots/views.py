@@ -1,0 +1,122 @@
+"""What is told of snapshots: frozen views, read from several records at once. Sizes are bytes, times seconds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from blockvirt.meta.keys import Table, number_key, pair_key, split_point, split_volume_branch
+from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
+from blockvirt.meta.store import Reader
+from blockvirt.snapshots.lineage import Tree, tree
+from blockvirt.volumes.gaps import chunks_freed
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot as users see it."""
+
+    id: str
+    volume_id: str
+    volume: str
+    """Name of its volume."""
+    name: str
+    created_s: float
+    size_bytes: int
+    mapped_bytes: int
+    exclusive_bytes: int
+    """What deleting it, and nothing else, would free."""
+    revision: int
+    parent_id: str = ""
+    """The snapshot that its history went on from; empty: none of this volume."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    holds: tuple[str, ...] = ()
+    clones: tuple[str, ...] = ()
+    """Names of the volumes that were cloned from it and still need it, ids where they were deleted."""
+    sessions: int = 0
+    group_id: str = ""
+    schedule_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some snapshots in order of creation within their volume, and the key to go on after (empty: that was all)."""
+
+    snapshots: tuple[Snapshot, ...]
+    next_after: str
+
+
+def volume_snapshots(reader: Reader, volume_id: str) -> list[SnapshotRecord]:
+    """Return all snapshots of a volume, oldest first."""
+    found = []
+    for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode()):
+        record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        if record is not None:
+            found.append(record)
+    return sorted(found, key=lambda each: (each.created_s, each.branch, each.epoch, each.id))
+
+
+def volume_tree(reader: Reader, volume: VolumeRecord, snapshots: list[SnapshotRecord]) -> Tree:
+    """Return how the snapshots of a volume came from each other, and where its head stands."""
+    branches = {}
+    for key, _ in reader.scan(Table.VOLUME_BRANCHES, prefix=f"{volume.id}/".encode()):
+        number = split_volume_branch(key)[1]
+        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
+        if branch is not None:
+            branches[number] = branch
+    return tree(snapshots, branches, volume.branch)
+
+
+def view(
+    reader: Reader, record: SnapshotRecord, parents: Mapping[str, str], chunk_bytes: int, sessions: int
+) -> Snapshot:
+    """Return the view of a snapshot; raises DamagedRecord."""
+    volume = reader.record(VolumeRecord, Table.VOLUMES, record.volume_id.encode())
+    return Snapshot(
+        id=record.id,
+        volume_id=record.volume_id,
+        volume=volume.name if volume is not None else record.volume_id,
+        name=record.name,
+        created_s=record.created_s,
+        size_bytes=record.size_bytes,
+        mapped_bytes=min(record.mapped_chunks * chunk_bytes, record.size_bytes),
+        exclusive_bytes=freed_by(reader, [record]) * chunk_bytes,
+        revision=record.revision,
+        parent_id=parents.get(record.id, ""),
+        labels=record.labels,
+        holds=record.holds,
+        clones=clones_of(reader, record),
+        sessions=sessions,
+        group_id=record.group_id,
+        schedule_id=record.schedule_id,
+    )
+
+
+def clones_of(reader: Reader, record: SnapshotRecord) -> tuple[str, ...]:
+    """Return the volumes, other than its own, whose branches come from a snapshot."""
+    names = set()
+    for key, _ in reader.scan(Table.POINTS, prefix=pair_key(record.branch, record.epoch) + b"c"):
+        child = reader.record(BranchRecord, Table.BRANCHES, number_key(int(split_point(key)[2])))
+        if child is not None and child.volume_id != record.volume_id:
+            volume = reader.record(VolumeRecord, Table.VOLUMES, child.volume_id.encode())
+            names.add(volume.name if volume is not None else child.volume_id)
+    return tuple(sorted(names))
+
+
+def freed_by(reader: Reader, records: Sequence[SnapshotRecord]) -> int:
+    """Return how many chunks become free when these snapshots go, and nothing else. Exact, as of the last checkpoint.
+
+    Cost: what changed around them, not the size of their volumes.
+    """
+    going = {record.id for record in records}
+    epochs: dict[int, set[int]] = {}
+    for record in records:
+        rows = [
+            split_point(key)[2] for key, _ in reader.scan(Table.POINTS, prefix=pair_key(record.branch, record.epoch))
+        ]
+        if all(who in going for who in rows):
+            epochs.setdefault(record.branch, set()).add(record.epoch)
+    freed = 0
+    for number, gone in epochs.items():
+        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
+        if branch is not None:
+            freed += chunks_freed(reader, branch, gone)
+    return freed

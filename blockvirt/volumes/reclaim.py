@@ -1,0 +1,209 @@
+"""Reclaim: freeing what nobody sees any more, in the background, a few leaves at a time. Needs no space to make space.
+
+A row (branch, epoch) says that a point went there. Each step is one small transaction that removes dead versions and
+queues their addresses for punching, so a crash repeats nothing but a look; the row goes after the last step. A branch
+that neither a head nor a point keeps goes as a whole: its files are unlinked, then its rows, then its hold on its
+origin, which may be next.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from blockvirt.errors import DamagedRecord, DeviceFault
+from blockvirt.ids import new_id
+from blockvirt.limits import RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS
+from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, split_pair, volume_branch_key
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord
+from blockvirt.meta.store import Reader, Writer
+from blockvirt.pool.backing import backing_path, unlink_files
+from blockvirt.volumes.context import VolumeContext, files_of
+from blockvirt.volumes.gaps import Gap, born_between, gap_around
+from blockvirt.volumes.jobs import Running, State, queue_job
+from blockvirt.volumes.journal import journal_paths
+from blockvirt.volumes.versions import free_gap, is_pinned, next_point, previous_point, release
+
+log = logging.getLogger("blockvirt.reclaim")
+
+RECLAIM = "reclaim"
+
+
+def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volume_id: str = "") -> str | None:
+    """Note that a point went, and queue its reclaim; returns the job's id, or None where something keeps the point.
+
+    For the board: wake it once the transaction is committed.
+    """
+    if any(True for _ in Reader.scan(writer, Table.POINTS, prefix=pair_key(branch, epoch))):
+        return None
+    writer.put(Table.RECLAIM, pair_key(branch, epoch), b"")
+    job = JobRecord(
+        id=new_id(),
+        kind=RECLAIM,
+        state="queued",
+        subject=subject,
+        created_s=time.time(),
+        volume_id=volume_id,
+        branch=branch,
+        position=epoch,
+    )
+    queue_job(writer, job)
+    return job.id
+
+
+def adopt_rows(writer: Writer) -> None:
+    """Queue a job for every row that has none: of a purge that ended early, or put there by a repair. At start."""
+    claimed = set()
+    for key, _ in writer.scan(Table.JOBS):
+        try:
+            job = writer.record(JobRecord, Table.JOBS, key)
+        except DamagedRecord as error:
+            log.error("%s", error)
+            continue
+        if job is not None and job.state not in (State.DONE, State.CANCELLED):
+            claimed.add((job.branch, job.position) if job.kind == RECLAIM else job.volume_id)
+    for key, _ in writer.scan(Table.RECLAIM):
+        branch, epoch = split_pair(key)
+        record = writer.record(BranchRecord, Table.BRANCHES, number_key(branch))
+        volume_id = record.volume_id if record is not None else ""
+        if (branch, epoch) not in claimed and volume_id not in claimed:
+            queue_reclaim(writer, branch, epoch, subject=f"branch {branch}", volume_id=volume_id)
+
+
+class Reclaimer:
+    """The worker of reclaim jobs. One per pool."""
+
+    def __init__(self, context: VolumeContext, wake_jobs: Callable[[], None]) -> None:
+        self._store = context.store
+        self._storage = context.storage
+        self._threads = context.threads
+        self._punches = context.punches
+        self._drained = context.drained
+        self._wake_jobs = wake_jobs
+
+    async def work(self, job: Running) -> None:
+        """Do a reclaim job: ``branch``, and in ``position`` the epoch of the point that went."""
+        await self.free(job, job.record.branch, job.record.position)
+
+    async def free(self, job: Running, branch: int, epoch: int) -> None:
+        """Free what only the point at ``epoch`` saw; the whole branch if nothing keeps it any more.
+
+        Raises DeviceFault where a device that must be reached is missing, MetadataFault, OSError.
+        """
+        with self._store.read() as reader:
+            record = reader.record(BranchRecord, Table.BRANCHES, number_key(branch))
+            kept = record is not None and (record.head_epoch or is_pinned(reader, branch))
+        if record is not None and kept:
+            await self._free_gap(job, record, epoch)
+        elif record is not None:
+            await self._drop(job, record)
+        await self._store.commit(lambda writer: writer.delete(Table.RECLAIM, pair_key(branch, epoch)))
+
+    # --- one gap -------------------------------------------------------------------------------------------------
+
+    async def _free_gap(self, job: Running, branch: BranchRecord, epoch: int) -> None:
+        gap = await self._threads.run(partial(self._look, branch, epoch))
+        done, start = 0, b""
+        while True:
+            job.checkpoint()
+            visited, start = await self._store.commit(partial(_step, gap, epoch, start))
+            self._punches.set()
+            done += visited
+            await job.advance(done, max(done, gap.leaves), epoch)
+            if not start:
+                return
+            await asyncio.sleep(0)
+
+    def _look(self, branch: BranchRecord, epoch: int) -> Gap:
+        with self._store.read() as reader:
+            return gap_around(reader, branch, epoch)
+
+    # --- a whole branch --------------------------------------------------------------------------------------------
+
+    async def _drop(self, job: Running, branch: BranchRecord) -> None:
+        files = files_of(self._store, branch.number)
+        await self._drained()
+        await self._unlink(branch.number, files)
+        tables = [(table, number_key(branch.number)) for table in (Table.LEAVES, Table.BORN, Table.SEALS)]
+        tables += [(table, number_key(file.number)) for table in (Table.PUNCH, Table.CHECKSUMS) for file in files]
+        done = 0
+        for table, prefix in tables:
+            while removed := await self._store.commit(partial(_delete_rows, table, prefix)):
+                done += removed
+                await job.advance(done, 0, job.record.position)
+        if await self._store.commit(partial(_forget_branch, branch.number)):
+            self._wake_jobs()
+        for file in files:
+            self._storage.removed(file.device_id, file.number)
+        log.info("branch %d is gone, with %d files", branch.number, len(files))
+
+    async def _unlink(self, branch: int, files: list[FileRecord]) -> None:
+        paths = self._storage.paths()
+        missing = {file.device_id for file in files} - paths.keys()
+        if missing:
+            raise DeviceFault(
+                f"device {missing.pop()} is missing", correction="bring it back: the deletion then goes on by itself"
+            )
+        doomed = [backing_path(paths[file.device_id], branch, file.number) for file in files]
+        doomed += [path for folder in paths.values() for path in journal_paths(folder, branch) if path.exists()]
+        await self._threads.run(lambda: unlink_files(doomed))
+
+
+def _step(gap: Gap, epoch: int, start: bytes, writer: Writer) -> tuple[int, bytes]:
+    """Free some of a gap's leaves; returns how many were visited, and the key to go on at (empty: that was all)."""
+    branch = writer.record(BranchRecord, Table.BRANCHES, number_key(gap.branch))
+    if branch is None:
+        return 0, b""
+    # The neighbours may have changed since the gap was looked at: another point went, and has its own row.
+    after, upto = previous_point(writer, gap.branch, epoch), next_point(writer, branch, epoch)
+    leaves: dict[int, None] = {}
+    last = b""
+    for _, leaf, key in born_between(writer, gap.branch, gap.first_epoch, gap.last_epoch, start):
+        if len(leaves) == RECLAIM_BATCH_LEAVES:
+            last = key
+            break
+        leaves[leaf] = None
+    for leaf in leaves:
+        try:
+            release(writer, free_gap(writer, gap.branch, leaf, after, upto))
+        except DamagedRecord as error:
+            log.error("leaf %d of branch %d is not reclaimed: %s", leaf, gap.branch, error)
+    return len(leaves), last
+
+
+def _delete_rows(table: Table, prefix: bytes, writer: Writer) -> int:
+    """Remove some of the rows under ``prefix``; returns how many."""
+    keys = [key for (key, _), _ in zip(writer.scan(table, prefix=prefix), range(RECLAIM_BATCH_ROWS), strict=False)]
+    for key in keys:
+        writer.delete(table, key)
+    return len(keys)
+
+
+def _forget_branch(number: int, writer: Writer) -> bool:
+    """Remove a branch's record and its hold on its origins; tells whether jobs were queued for those."""
+    branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
+    if branch is None:
+        return False
+    assert not branch.head_epoch
+    assert not is_pinned(writer, number)
+    for key, _ in writer.scan(Table.BRANCH_FILES, prefix=number_key(number)):
+        writer.delete(Table.FILES, number_key(split_pair(key)[1]))
+        writer.delete(Table.BRANCH_FILES, key)
+    for key, _ in writer.scan(Table.RECLAIM, prefix=number_key(number)):
+        writer.delete(Table.RECLAIM, key)
+    writer.delete(Table.VOLUME_BRANCHES, volume_branch_key(branch.volume_id, number))
+    writer.delete(Table.BRANCHES, number_key(number))
+    return release_origins(writer, branch)
+
+
+def release_origins(writer: Writer, branch: BranchRecord) -> bool:
+    """Let go of everything older that a branch keeps; tells whether jobs were queued for what that leaves behind."""
+    origins = [(branch.origin_branch, branch.origin_epoch), *branch.pins]
+    queued = False
+    for origin, epoch in origins:
+        if origin:
+            writer.delete(Table.POINTS, child_point_key(origin, epoch, branch.number))
+            subject = f"what branch {branch.number} came from"
+            queued |= queue_reclaim(writer, origin, epoch, subject=subject) is not None
+    return queued

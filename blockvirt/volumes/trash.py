@@ -1,0 +1,147 @@
+"""The trash: deleted volumes, whole with their snapshots, until a deadline. Their names are free, their bytes not."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from blockvirt.errors import BlockvirtError, Exists, NotFound
+from blockvirt.ids import check_name, is_id
+from blockvirt.limits import TRASH_LOOK_S
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import VolumeRecord
+from blockvirt.meta.store import Reader, Store, Writer
+from blockvirt.volumes.deletion import due_purges, queue_purge
+from blockvirt.volumes.ports import OpenVolumes
+from blockvirt.volumes.promises import Promises
+from blockvirt.volumes.transactions import snapshots_held
+
+log = logging.getLogger("blockvirt.trash")
+
+
+@dataclass(frozen=True, slots=True)
+class Trashed:
+    """A volume in the trash."""
+
+    id: str
+    name: str
+    """Its name when it was deleted; several in the trash may have had the same."""
+    size_bytes: int
+    trashed_s: float
+    purge_at_s: float
+    snapshots: int
+
+
+class Trash:
+    """What was deleted and can be had back. One per process."""
+
+    def __init__(
+        self, store: Store, open_volumes: OpenVolumes, promises: Promises, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._open = open_volumes
+        self._promises = promises
+        self._clock = clock
+        self._changed = asyncio.Event()
+
+    def list(self) -> tuple[Trashed, ...]:
+        """Return the volumes in the trash, those that go first first."""
+        found = []
+        with self._store.read() as reader:
+            for key, _ in reader.scan(Table.TRASH):
+                try:
+                    record = reader.record(VolumeRecord, Table.VOLUMES, key)
+                except BlockvirtError as error:
+                    log.error("volume %s in the trash: %s", key.decode(), error)
+                    continue
+                if record is not None and not record.deleting:
+                    found.append(_trashed(reader, record))
+        return tuple(sorted(found, key=lambda each: each.purge_at_s))
+
+    def get(self, name_or_id: str) -> Trashed:
+        """Return a volume in the trash, by id, or by name if just one was called so; raises NotFound, Exists."""
+        if is_id(name_or_id):
+            matching = [each for each in self.list() if each.id.replace("-", "") == name_or_id.replace("-", "")]
+        else:
+            matching = [each for each in self.list() if each.name == name_or_id]
+        if not matching:
+            raise NotFound(
+                f"there is no volume {name_or_id!r} in the trash", correction="'blockvirt trash list' shows what is"
+            )
+        if len(matching) > 1:
+            raise Exists(
+                f"{len(matching)} volumes in the trash were called {name_or_id!r}",
+                correction="name one by its id: " + ", ".join(each.id for each in matching[:5]),
+            )
+        return matching[0]
+
+    async def restore(self, name_or_id: str, name: str | None = None) -> str:
+        """Take a volume out of the trash, under another ``name`` if one is given; returns its id.
+
+        Raises NotFound, Exists (the name is in use by now: give another), InvalidName.
+        """
+        found = self.get(name_or_id)
+        new_name = check_name(name, what="volume") if name is not None else found.name
+        await self._store.commit(partial(_restore, found.id, new_name))
+        log.info("volume %s (%s) is restored from the trash as %s", found.name, found.id, new_name)
+        return found.id
+
+    async def purge(self, name_or_id: str) -> str:
+        """Delete a volume in the trash for good; returns the job's id. Raises NotFound, Exists, InUse (a hold)."""
+        found = self.get(name_or_id)
+        job_id, size_bytes = await self._store.commit(partial(_purge, found.id))
+        self._promises.release(size_bytes)
+        self._open.wake_jobs()
+        return job_id
+
+    def wake(self) -> None:
+        """Say that a volume was put into the trash."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Purge what is due, until cancelled."""
+        while True:
+            self._changed.clear()
+            with self._store.read() as reader:
+                due, next_s = due_purges(reader, self._clock())
+            for record in due:
+                try:
+                    await self.purge(record.id)
+                except BlockvirtError as error:
+                    log.error("volume %s is not purged from the trash: %s", record.name, error)
+            # The clock may be set meanwhile: look again after a while, however far the next deadline is.
+            wait_s = TRASH_LOOK_S if next_s is None else min(TRASH_LOOK_S, max(0.0, next_s - self._clock()))
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+
+def _trashed(reader: Reader, record: VolumeRecord) -> Trashed:
+    snapshots = sum(1 for _ in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{record.id}/".encode()))
+    return Trashed(record.id, record.name, record.size_bytes, record.trashed_s, record.purge_at_s, snapshots)
+
+
+def _in_trash(writer: Writer, volume_id: str) -> VolumeRecord:
+    record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+    if record is None or record.deleting or not record.trashed_s:
+        raise NotFound(f"volume {volume_id} is not in the trash any more")
+    return record
+
+
+def _restore(volume_id: str, name: str, writer: Writer) -> None:
+    record = _in_trash(writer, volume_id)
+    if writer.get(Table.VOLUME_NAMES, name.encode()) is not None:
+        raise Exists(f"there is a volume {name!r} by now", correction="restore it under another name (--name)")
+    restored = replace(record, name=name, trashed_s=0.0, purge_at_s=0.0, revision=record.revision + 1)
+    writer.delete(Table.TRASH, volume_id.encode())
+    writer.put_record(Table.VOLUMES, volume_id.encode(), restored)
+    writer.put(Table.VOLUME_NAMES, name.encode(), volume_id.encode())
+
+
+def _purge(volume_id: str, writer: Writer) -> tuple[str, int]:
+    record = _in_trash(writer, volume_id)
+    snapshots_held(writer, record)
+    return queue_purge(writer, record), record.size_bytes
