@@ -9,19 +9,19 @@ from blockvirt.volumes.volume import Volume
 
 
 async def open_journal(volume: Volume) -> None:
-    """Give the volume a journal, on the device of its first backing file; raises PoolFull, DeviceFault.
+    """Give the volume a journal, on the device of its first backing file if it has one; raises PoolFull, DeviceFault.
 
     In a full pool it is a small one, taken from the reserve of the device: trims need a journal too, and they are what
     makes room again (I10).
     """
     context = volume.context
-    records = sorted(volume.files.records.items())
-    assert records, "who changes the map has a backing file already"
-    identities = {device_id: context.storage.identity_of(device_id) for device_id in volume.files.device_ids}
+    device_id = _device_for(volume)
+    known = volume.files.device_ids | {device_id}
+    identities = {each: context.storage.identity_of(each) for each in known}
     header = JournalHeader(context.pool_id, volume.map.branch, identities)
-    folder = context.storage.path_of(records[0][1].device_id)
+    folder = context.storage.path_of(device_id)
     try:
-        context.storage.admit(records[0][1].device_id, 2 * JOURNAL_FILE_BYTES)
+        context.storage.admit(device_id, 2 * JOURNAL_FILE_BYTES)
         file_bytes = JOURNAL_FILE_BYTES
     except PoolFull:
         # Large enough for the most scattered request: each of its chunks a change of its own.
@@ -40,3 +40,16 @@ async def open_journal(volume: Volume) -> None:
             correction="free space on that filesystem, or add a device",
         ) from error
     volume.journal = journal
+
+
+def _device_for(volume: Volume) -> str:
+    """Return where the journal goes. A clone that only drops chunks of its origin has no file of its own yet."""
+    storage = volume.context.storage
+    for _, record in sorted(volume.files.records.items()):
+        return record.device_id
+    try:
+        return storage.place(volume.record, 2 * JOURNAL_FILE_BYTES)
+    except PoolFull:
+        for device_id in storage.paths():  # the small journal comes out of any device's reserve
+            return device_id
+        raise
