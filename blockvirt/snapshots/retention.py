@@ -8,6 +8,7 @@ rule keeps it. Each rule counts alone, as in restic: what one rule keeps counts 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import inf
 
 from blockvirt.errors import InvalidRequest
 from blockvirt.limits import MAX_KEPT_SNAPSHOTS
@@ -16,17 +17,18 @@ from blockvirt.meta.records import SnapshotRecord
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def _week(moment: datetime) -> str:
-    year, week, _ = moment.isocalendar()
+def _week(monday: datetime) -> str:
+    year, week, _ = monday.isocalendar()
     return f"{year:04d}-W{week:02d}"
 
 
-_BUCKETS: dict[str, Callable[[datetime], str]] = {
-    "hourly": lambda moment: moment.isoformat()[:13],
-    "daily": lambda moment: moment.isoformat()[:10],
-    "weekly": _week,
-    "monthly": lambda moment: moment.isoformat()[:7],
-    "yearly": lambda moment: moment.isoformat()[:4],
+# Rule -> the day or hour that the bucket of a full hour begins with, and what the bucket is called.
+_BUCKETS: dict[str, tuple[Callable[[datetime], datetime], Callable[[datetime], str]]] = {
+    "hourly": (lambda hour: hour, lambda begin: begin.isoformat()[:13]),
+    "daily": (lambda hour: hour.replace(hour=0), lambda begin: begin.isoformat()[:10]),
+    "weekly": (lambda hour: hour.replace(hour=0) - timedelta(days=hour.weekday()), _week),
+    "monthly": (lambda hour: hour.replace(day=1, hour=0), lambda begin: begin.isoformat()[:7]),
+    "yearly": (lambda hour: hour.replace(month=1, day=1, hour=0), lambda begin: begin.isoformat()[:4]),
 }
 RULES = ("last", *_BUCKETS)
 """All rules there are, the finest first."""
@@ -100,17 +102,15 @@ def _kept_by_rules(newest_first: Sequence[SnapshotRecord], rules: Mapping[str, i
         snapshot.id: [f"last {place}"] for place, snapshot in enumerate(newest_first[: rules.get("last", 0)], start=1)
     }
     open_rules = {rule: count for rule, count in rules.items() if rule in _BUCKETS}
-    latest: dict[str, str] = {}
+    begins_s: dict[str, float] = {}  # of each rule's latest bucket: a number to compare, thousands of times
     for snapshot in newest_first:
         if not open_rules:
             break  # all that follow are older than everything the rules may keep
-        moment = _EPOCH + timedelta(seconds=snapshot.created_s)
-        for rule in list(open_rules):
-            bucket = _BUCKETS[rule](moment)
-            if latest.get(rule) == bucket:
-                continue
-            latest[rule] = bucket
-            kept.setdefault(snapshot.id, []).append(f"{rule} {bucket}")
+        for rule in [rule for rule in open_rules if snapshot.created_s < begins_s.get(rule, inf)]:
+            begin_of, name_of = _BUCKETS[rule]
+            begin = begin_of(_EPOCH + timedelta(hours=snapshot.created_s // 3_600))
+            begins_s[rule] = (begin - _EPOCH).total_seconds()
+            kept.setdefault(snapshot.id, []).append(f"{rule} {name_of(begin)}")
             open_rules[rule] -= 1
             if not open_rules[rule]:
                 del open_rules[rule]

@@ -58,9 +58,13 @@ def model(snapshots: list[SnapshotRecord], keep: dict[str, int], now_s: float, b
 
 
 HOUR_S = 3_600
+MIDNIGHT_S = datetime(2026, 11, 22, tzinfo=UTC).timestamp()
 TIMES = st.one_of(
-    st.integers(-3 * 24, 1).map(lambda hours: NOW_S + hours * HOUR_S),
-    st.integers(-3 * 366, 1).map(lambda days: NOW_S + days * 24 * HOUR_S),
+    *(  # few enough to meet in one bucket; at midnight they meet its edge
+        st.integers(-span, 1).map(lambda number, base_s=base_s, unit_s=unit_s: base_s + number * unit_s)  # type: ignore[misc]
+        for base_s in (NOW_S, MIDNIGHT_S)
+        for span, unit_s in ((150, 60), (72, HOUR_S), (60, 24 * HOUR_S), (3 * 366, 24 * HOUR_S))
+    ),
     st.integers(-5 * 366 * 24 * HOUR_S, 0).map(lambda seconds: NOW_S + seconds),
 )
 KEEPS = st.dictionaries(st.sampled_from(RULES), st.one_of(st.integers(0, 4), st.just(MAX_KEPT_SNAPSHOTS)))
@@ -188,9 +192,33 @@ def test_a_day_ends_at_midnight_utc() -> None:
     snapshots = [
         snapshot("first-of-day", at("2026-11-22 00:00")),
         snapshot("last-of-day", at("2026-11-21 23:59:59")),
+        snapshot("hair-before", at("2026-11-22 00:00") - 3e-7),
         snapshot("before", at("2026-11-21 23:59:58")),
     ]
-    assert kept(plan(snapshots, {"daily": 2}, NOW_S, schedule_id=OURS)) == {"first-of-day", "last-of-day"}
+    assert kept(plan(snapshots, {"daily": 2}, NOW_S, schedule_id=OURS)) == {"first-of-day", "hair-before"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "newest", "begin", "before"),
+    [
+        ("hourly", "2026-11-22 13:59", "2026-11-22 13:00", "2026-11-22 12:59"),
+        ("daily", "2026-11-22 23:59", "2026-11-22 00:00", "2026-11-21 23:59"),
+        ("weekly", "2026-11-22 23:59", "2026-11-16 00:00", "2026-11-15 23:59"),
+        ("monthly", "2026-11-30 23:59", "2026-11-01 00:00", "2026-10-31 23:59"),
+        ("yearly", "2026-12-31 23:59", "2026-01-01 00:00", "2025-12-31 23:59"),
+    ],
+)
+def test_a_bucket_begins_with_its_first_second(rule: str, newest: str, begin: str, before: str) -> None:
+    """The newest of a bucket hides all others down to its first second, and not the one before that."""
+    snapshots = [
+        snapshot("newest", at(newest)),
+        snapshot("between", at(begin) + 1_800.5),
+        snapshot("begin", at(begin)),
+        snapshot("before", at(before)),
+    ]
+    now_s = at("2027-01-01 00:00")
+    assert kept(plan(snapshots, {rule: 3}, now_s, schedule_id=OURS)) == {"newest", "before"}
+    assert kept(plan(snapshots[1:], {rule: 3}, now_s, schedule_id=OURS)) == {"between", "before"}
 
 
 @pytest.mark.parametrize("keep", [{}, {"last": 0}, {"daily": 0, "weekly": 0}])
