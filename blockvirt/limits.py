@@ -83,6 +83,17 @@ UNIX_PATH_MAX_BYTES = 107  # sun_path is 108 with its NUL
 CLI_MAX_HEAD_BYTES = 64 * KIB  # status line and headers of an answer: the daemon sends a few hundred bytes
 CLI_MAX_ANSWER_BYTES = 256 * MIB  # a page of API_MAX_PAGE_ITEMS hosts with 500 units each
 
+# --- schedules -----------------------------------------------------------------------------------------------------
+MAX_SCHEDULES = 1_000  # one covers many volumes by their labels; all are looked through when the daemon starts
+MAX_SCHEDULE_NAME_CHARS = 39  # with 'auto-' before it, the time and a number behind it, it fits a snapshot's name
+MAX_CRON_CHARS = 256  # every second minute written out, with a list of hours; more is no schedule for people
+MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
+MAX_MISSED_RUNS = 1_000  # counted after one downtime: up to 40 us of the event loop each
+MAX_PREVIEW_RUNS = 100  # next runs that one request computes: a month of daily ones, thrice
+SCHEDULE_LOOK_S = 60.0  # between two looks at the clock: it may be set, or the machine may have slept
+SCHEDULE_LATE_S = 60.0  # a run that begins later than this is a missed one that is caught up
+SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to have been wrong before
+
 # --- snapshot streams ----------------------------------------------------------------------------------------------
 STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
 STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
@@ -94,17 +105,6 @@ JOB_PROGRESS_S = 5.0  # how much work a kill may repeat; progress stored more of
 JOB_RETRY_S = 60.0  # a reclaim that met a broken disk is tried again: its space would be lost until a restart
 JOB_RATE_WINDOW_S = 30.0  # long enough to be steady beside guest I/O, short enough to show that a job got stuck
 JOB_ERROR_CHARS = 1_000  # of a failure's message, kept with the job
-
-# --- schedules -----------------------------------------------------------------------------------------------------
-MAX_SCHEDULES = 1_000  # one covers many volumes by their labels; all are looked through when the daemon starts
-MAX_SCHEDULE_NAME_CHARS = 39  # with 'auto-' before it, the time and a number behind it, it fits a snapshot's name
-MAX_CRON_CHARS = 256  # every second minute written out, with a list of hours; more is no schedule for people
-MAX_KEPT_SNAPSHOTS = 10_000  # per rule: what reads and writes are measured with
-MAX_MISSED_RUNS = 1_000  # counted after one downtime: up to 40 us of the event loop each
-MAX_PREVIEW_RUNS = 100  # next runs that one request computes: a month of daily ones, thrice
-SCHEDULE_LOOK_S = 60.0  # between two looks at the clock: it may be set, or the machine may have slept
-SCHEDULE_LATE_S = 60.0  # a run that begins later than this is a missed one that is caught up
-SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to have been wrong before
 
 # --- threads -------------------------------------------------------------------------------------------------------
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel
