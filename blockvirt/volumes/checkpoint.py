@@ -85,7 +85,14 @@ class Checkpointer:
 
 async def checkpoint(parts: Sequence[Checkpointer]) -> None:
     """Bring the map of each volume into the metadata store, where there is anything to bring; raises VolumeStopped."""
-    await _run(parts, lambda writer, changes: None, step=False)
+    await _run(parts, None, step=False)
+
+
+async def checkpoint_with(part: Checkpointer, also: Also[T]) -> T:
+    """Bring a volume's map into the metadata store, and what ``also`` writes, in one piece; see below."""
+    result = await _run([part], also, step=False)
+    assert result is not None
+    return result
 
 
 async def checkpoint_and_step(parts: Sequence[Checkpointer], also: Also[T]) -> T:
@@ -99,7 +106,7 @@ async def checkpoint_and_step(parts: Sequence[Checkpointer], also: Also[T]) -> T
     return result
 
 
-async def _run(parts: Sequence[Checkpointer], also: Also[T], *, step: bool) -> T | None:
+async def _run(parts: Sequence[Checkpointer], also: Also[T] | None, *, step: bool) -> T | None:
     started_s = time.perf_counter()
     parts = sorted(parts, key=lambda part: part.volume.map.branch)  # one order: two groups do not wait for each other
     for part in parts:
@@ -116,10 +123,10 @@ async def _run(parts: Sequence[Checkpointer], also: Also[T], *, step: bool) -> T
             part.volume.check()
         # From the first freeze to the last there is no await: one instant.
         frozen = [each for part in parts if (each := _freeze(part.volume, step=step)) is not None]
-        if not frozen:
+        if not frozen and also is None:
             return None
         try:
-            result = await _commit(frozen, also)
+            result = await _commit(parts[0].volume, frozen, also)
         except Exception as error:
             for each in frozen:
                 if not each.committed:
@@ -131,26 +138,27 @@ async def _run(parts: Sequence[Checkpointer], also: Also[T], *, step: bool) -> T
     return result
 
 
-async def _commit(frozen: Sequence[Frozen], also: Also[T]) -> T | None:
+async def _commit(first: Volume, frozen: Sequence[Frozen], also: Also[T] | None) -> T | None:
     """Sync and commit. A volume whose sync fails has stopped: the others are committed, without ``also``."""
-    context = frozen[0].volume.context
+    context = first.context
     syncs = [each.volume.tasks.start(sync_data(each.volume), "sync", awaited=True) for each in frozen]
-    await asyncio.wait(syncs)
+    if syncs:
+        await asyncio.wait(syncs)
     failures = [failure for sync in syncs if (failure := sync.exception()) is not None]
     whole = [each for each, sync in zip(frozen, syncs, strict=True) if sync.exception() is None]
-    if not whole:
+    if failures and not whole:
         raise failures[0]
     changes = [each.change for each in whole]
     rows = await context.threads.run(lambda: [leaf_rows(each.branch, each.epoch, each.leaves) for each in changes])
 
     def write(writer: Writer) -> tuple[list[BranchRecord], T | None]:
         records = [write_map(writer, change, mine) for change, mine in zip(changes, rows, strict=True)]
-        return records, None if failures else also(writer, changes)
+        return records, None if failures or also is None else also(writer, changes)
 
     try:
         records, result = await context.store.commit(write)
     except BlockvirtError as error:
-        raise whole[0].volume.stop("its map cannot be committed to the metadata", error) from error
+        raise first.stop("its map cannot be committed to the metadata", error) from error
     for each, record in zip(whole, records, strict=True):
         _committed(each, record)
     if failures:

@@ -85,12 +85,11 @@ def write_map(writer: Writer, change: MapChange, rows: Rows) -> BranchRecord:
         file = replace(file, used_chunks=mark.used_chunks, sealed=mark.sealed, live_chunks=live_chunks)
         writer.put_record(Table.FILES, number_key(file.number), file)
     release(writer, change.freed, counted=True)
-    if stored.first_epoch != change.epoch:  # else there are no older versions
-        release(writer, _no_longer_held(writer, change))
+    release(writer, _no_longer_held(writer, change))
     for _, key, value, born in rows:
         writer.put(Table.LEAVES, key, value)
         writer.put(Table.BORN, born, b"")
-    if stored.first_epoch != change.epoch:
+    if stored.first_epoch != change.epoch:  # else there are no older versions
         point = previous_point(writer, change.branch, change.epoch)
         for leaf, _, _, _ in rows:
             release(writer, _superseded(writer, change, leaf, point))

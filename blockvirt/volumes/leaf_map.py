@@ -144,6 +144,10 @@ class LeafMap:
         self.epoch = epoch
         self._lineage[0] = (self.branch, epoch)
 
+    def comes_from(self, branch: int) -> bool:
+        """Tell whether the map is looked up in a branch."""
+        return any(number == branch for number, _ in self._lineage)
+
     def look_up_anew(self) -> None:
         """Forget what was loaded of other branches, or of this one's older versions: they were copied or replaced."""
         with self._store.read() as reader:

@@ -5,12 +5,12 @@ copy and entry are decided in one piece. Between a ``stage`` and its ``settle`` 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from blockvirt.device import Extent, ExtentState
 from blockvirt.errors import NotSupported
-from blockvirt.limits import LEAF_CHUNKS
+from blockvirt.limits import COPY_BATCH_CHUNKS, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
 from blockvirt.lun.plan import Action, WriteStep, plan_read
@@ -115,6 +115,39 @@ class SlowPath:
             await self._make_journal_room(changes)
         for transfer in transfers:
             volume.stage_transfer(transfer)
+        volume.settle()
+
+    # --- replacing addresses (flatten) -----------------------------------------------------------------------------
+
+    async def copy_chunks(self, sources: Sequence[int]) -> list[int]:
+        """Copy the content of chunks to new addresses of this volume's; nothing is staged. Returns them in order.
+
+        Raises PoolFull, VolumeStopped, DeviceFault, OSError; what was handed out by then is freed again.
+        """
+        volume = self._volume
+        made: list[int] = []
+        try:
+            for start in range(0, len(sources), COPY_BATCH_CHUNKS):
+                batch = sources[start : start + COPY_BATCH_CHUNKS]
+                await self._make_room([WriteStep(Action.ALLOCATE, 0, len(batch), 0, 0, 0, 0)])
+                volume.check()
+                places = [(volume.files.get(file_of(each)), chunk_of(each) << volume.chunk_shift) for each in batch]
+                file, first = volume.tail.take(len(batch))
+                made += range(first, first + len(batch))
+                await self._in_thread(partial(_copy_all, places, file, chunk_of(first) << volume.chunk_shift))
+        except BaseException:
+            volume.give_up(made)
+            raise
+        return made
+
+    async def stage_entries(self, changes: Sequence[tuple[int, int]]) -> None:
+        """Stage (chunk, entry) pairs. The caller holds the chunks, and has written what the entries name."""
+        volume = self._volume
+        while not volume.has_journal_room(len(changes)):
+            await self._make_journal_room(len(changes))
+        volume.check()
+        for chunk, entry in changes:
+            volume.stage(chunk, 1, entry)
         volume.settle()
 
     async def _make_room(self, steps: list[WriteStep]) -> None:
@@ -252,6 +285,13 @@ class SlowPath:
             if not (chunk >> SLOT_BITS) & 63:
                 await asyncio.sleep(0)
         return found
+
+
+def _copy_all(places: Sequence[tuple[BackingFile, int]], target: BackingFile, position: int) -> None:
+    content = memoryview(bytearray(target.chunk_bytes))
+    for index, (source, source_position) in enumerate(places):
+        source.read(content, source_position)
+        target.write(content, position + index * target.chunk_bytes)
 
 
 def _alike(first: int, entry: int, distance: int) -> bool:

@@ -9,6 +9,7 @@ SIGKILL (I3b). What would block returns False and goes through ``slow_path``.
 import asyncio
 import logging
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, VolumeStopped
@@ -205,6 +206,12 @@ class Volume:
                 changes[-1] = (last_chunk, last_count + count, last_entry)
                 return
         changes.append((chunk, count, entry))
+
+    def give_up(self, addresses: Sequence[int]) -> None:
+        """Have addresses that were handed out, and that no entry names after all, freed by the next checkpoint."""
+        for address in addresses:
+            self.context.storage.mapped(self.files.get(file_of(address)).device_id, file_of(address), 1)
+        self.freed += addresses
 
     def _dropped(self, chunk: int, old: int) -> None:
         self.tail.mapped_chunks -= 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from blockvirt.snapshots.catalogue import Snapshots
+from blockvirt.snapshots.flatten import Flattening
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.volumes.catalogue import Catalogue
@@ -21,6 +22,7 @@ class SnapshotPool(Pool):
         self.catalogue = Catalogue(engine.store, engine.registry, engine.storage)
         self.readers = SnapshotReaders(engine.context)
         self.snapshots = Snapshots(engine, self.readers)
+        self.flattening = Flattening(engine, self.readers)
         self.reverts = Reverts(engine, self.snapshots, self.catalogue.promises)
         return self
 
