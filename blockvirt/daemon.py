@@ -21,10 +21,11 @@ from blockvirt.metrics import Metrics
 from blockvirt.nbd.listeners import activation_sockets, clear_activation
 from blockvirt.nbd.server import NbdServer
 from blockvirt.notify import notify
+from blockvirt.snapshots.exports import Exports
+from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
-from blockvirt.volumes.exports import Exports
 from blockvirt.volumes.metadata_copies import MetadataCopies
 from blockvirt.volumes.ports import Endpoints, SessionInfo
 
@@ -34,8 +35,9 @@ log = logging.getLogger("blockvirt.daemon")
 class Sessions:
     """The NBD server's sessions as the control plane sees them (ports.SessionControl)."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, readers: SnapshotReaders) -> None:
         self._engine = engine
+        self._readers = readers
         self.server: NbdServer | None = None
         """Set once: the server needs the exports, which need the catalogue, which asks for sessions."""
 
@@ -47,7 +49,7 @@ class Sessions:
             SessionInfo(
                 id=session.id,
                 export=session.export,
-                volume_id=self._engine.registry.volume_of(session.id) or "",
+                volume_id=self._engine.registry.volume_of(session.id) or self._readers.volume_of(session.id) or "",
                 peer=session.peer,
                 since_s=session.since_s,
                 bytes_read=session.bytes_read,
@@ -63,8 +65,9 @@ class Sessions:
         return self.server is not None and self.server.drop(session_id)
 
     async def drop_volume(self, volume_id: str) -> int:
-        """See SessionControl."""
-        mine = [session.id for session in self.sessions() if session.volume_id == volume_id]
+        """See SessionControl. Who reads its snapshots is not concerned: a copy of one would have to begin anew."""
+        volume_of = self._engine.registry.volume_of
+        mine = [session.id for session in self.sessions() if volume_of(session.id) == volume_id]
         return sum([await self.drop(session_id) for session_id in mine])
 
 
@@ -87,11 +90,16 @@ class Daemon:
         async with AsyncExitStack() as stack:
             engine = await Engine.start(settings.state_dir, settings.devices, _engine_settings(settings))
             stack.push_async_callback(engine.close)
-            sessions = Sessions(engine)
+            readers = SnapshotReaders(engine.context)
+            stack.push_async_callback(readers.close)
+            engine.registry.on_discard(readers.drop_volume)
+            sessions = Sessions(engine, readers)
             catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=settings.trash_s)
             presentation = Presentation(engine.store, sessions)
             await presentation.finish_deletions()
-            exports = Exports(catalogue, engine.registry, presentation.resolve, presentation.exports)
+            exports = Exports(
+                engine.store, catalogue, engine.registry, readers, presentation.resolve, presentation.exports
+            )
             server = sessions.server = NbdServer(exports)
             stack.push_async_callback(server.stop)
             services = Services(

@@ -31,6 +31,8 @@ class Reader:
 
     def get(self, table: Table, key: bytes) -> bytes | None:
         """Return the stored value, or None."""
+        if not key:  # LMDB takes it for a fault, and nothing can be stored under it: names from outside may be empty
+            return None
         value: bytes | None = self._transaction.get(key, db=self._tables[table])
         return value
 

@@ -18,11 +18,10 @@ from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord
 from blockvirt.pool.backing import BackingFile, backing_path
 from blockvirt.snapshots.changes import Chain, Point, chain_of, changes
 from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.layers import Layers, runs
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import Inflight
 from blockvirt.volumes.volume import fill_zeros
-
-_STATUS_CHUNKS = 1 << 16  # that one answer describes at most: bounds the time of a thread, clients ask on
 
 
 class OpenSnapshot:
@@ -109,47 +108,15 @@ class OpenSnapshot:
     # --- what contexts say -----------------------------------------------------------------------------------------
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """Describe a range by chunks: data, or a hole that reads as zeros."""
+        """Describe a range, or its beginning, by chunks: data, or a hole that reads as zeros."""
         hole = ExtentState.HOLE | ExtentState.ZERO
-        runs = self._runs(offset, length, lambda entry: ExtentState.DATA if entry else hole)
-        return [Extent(size, ExtentState(state)) for size, state in runs]
+        found = runs(self.map, lambda entry: 0 if entry else hole, offset, length, self.chunk_shift)
+        return [Extent(size, ExtentState(state)) for size, state in found]
 
     def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Describe a range by how far back its chunks lie: 0 nowhere, 1 in its branch, 2 in the origin of that ..."""
-        depth_of: dict[int, int] = {}
-
-        def depth(entry: int) -> int:
-            if not entry:
-                return 0
-            number = file_of(entry)
-            if number not in depth_of:
-                depth_of[number] = self._depth_of_file(number)
-            return depth_of[number]
-
-        return self._runs(offset, length, depth)
-
-    def _depth_of_file(self, number: int) -> int:
-        with self.context.store.read() as reader:
-            record = reader.record(FileRecord, Table.FILES, number_key(number))
-            branches = [branch for branch, _ in chain_of(reader, Point(self.record.branch, self.record.epoch))]
-        if record is None or record.branch not in branches:
-            return len(branches) + 1  # what an origin of its origins had left to it
-        return branches.index(record.branch) + 1
-
-    def _runs(self, offset: int, length: int, state_of: Callable[[int], int]) -> list[tuple[int, int]]:
-        shift, end = self.chunk_shift, offset + length
-        end = min(end, ((offset >> shift) + _STATUS_CHUNKS) << shift)
-        found: list[tuple[int, int]] = []
-        at = offset
-        while at < end:
-            stop = min(end, ((at >> shift) + 1) << shift)
-            state = int(state_of(self.map.readable(at >> shift)))
-            if found and found[-1][1] == state:
-                found[-1] = (found[-1][0] + stop - at, state)
-            else:
-                found.append((stop - at, state))
-            at = stop
-        return found
+        """Describe a range, or its beginning, by how far back its chunks lie (``Layers.depth``)."""
+        layers = Layers(self.context.store, self.record.branch, self.record.epoch)
+        return runs(self.map, layers.depth, offset, length, self.chunk_shift)
 
     def dirty(self, base: Chain, offset: int, length: int) -> list[tuple[int, int]]:
         """Describe a range by what differs from the point that ``base`` looks up. Blocks; for a thread."""

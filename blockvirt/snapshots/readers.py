@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from blockvirt.device import ALLOCATION_DEPTH, DIRTY_SINCE
+from blockvirt.device import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_SINCE
 from blockvirt.errors import NotFound
 from blockvirt.meta.keys import Table, snapshot_name_key
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
@@ -16,6 +16,7 @@ class SnapshotReaders:
     """The open snapshots of the pool. One per process; call it on the event loop."""
 
     def __init__(self, context: VolumeContext) -> None:
+        self.chunk_bytes = 1 << context.chunk_shift
         self._context = context
         self._handles: dict[str, set[SnapshotHandle]] = {}
         self._opened: dict[str, OpenSnapshot] = {}
@@ -65,6 +66,12 @@ class SnapshotReaders:
         for handle in list(self._handles.get(snapshot_id, ())):
             handle.lose()
 
+    def drop_volume(self, volume_id: str) -> None:
+        """End the sessions that read a volume's snapshots, without a reply."""
+        for opened in list(self._opened.values()):
+            if opened.record.volume_id == volume_id:
+                self.drop(opened.record.id)
+
     def opened(self) -> Sequence[OpenSnapshot]:
         """Return the snapshots that are open now."""
         return tuple(self._opened.values())
@@ -82,7 +89,7 @@ def _bases(reader: Reader, volume_id: str, contexts: Sequence[str]) -> Mapping[s
     for context in contexts:
         if context.startswith(DIRTY_SINCE):
             bases[context] = find_snapshot(reader, volume_id, context.removeprefix(DIRTY_SINCE))
-        elif context != ALLOCATION_DEPTH:
+        elif context not in (BASE_ALLOCATION, ALLOCATION_DEPTH):
             raise NotFound(f"a snapshot has no metadata context {context!r}", correction="list them first")
     return bases
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from blockvirt.device import Capabilities, Extent
+from blockvirt.device import ALLOCATION_DEPTH, Capabilities, Extent
 from blockvirt.errors import NotSupported
+from blockvirt.volumes.layers import Layers, runs
 from blockvirt.volumes.opened import OpenVolume
 
 
@@ -64,8 +65,16 @@ class Handle:
         return await self._opened.slow.extents(offset, length)
 
     async def block_status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
-        """See VolumeHandle; raises NotSupported, since ``Exports.contexts`` offers nothing beyond base:allocation."""
-        raise NotSupported(f"the volume has no metadata context {context!r}", correction="ask for base:allocation")
+        """See VolumeHandle; raises NotSupported for what a volume does not know: what changed, above all."""
+        if context != ALLOCATION_DEPTH:
+            raise NotSupported(
+                f"the volume has no metadata context {context!r}",
+                correction="read a snapshot of it: VOLUME@SNAPSHOT knows what changed since older ones",
+            )
+        volume = self._opened.volume
+        volume.check()
+        layers = Layers(volume.context.store, volume.map.branch, volume.map.epoch)
+        return runs(volume.map, layers.depth, offset, length, volume.chunk_shift)
 
     def lose(self) -> None:
         """Tell the session to close its connection without a reply."""

@@ -55,6 +55,7 @@ class VolumeRegistry:
         self._wake_jobs = wake_jobs
         self._slots: dict[str, _Slot] = {}
         self._volume_of: dict[str, str] = {}
+        self._on_discard: list[Callable[[str], None]] = []
         self._closing = False
         self._tasks = TaskSet("registry")
 
@@ -163,8 +164,14 @@ class VolumeRegistry:
             assert size_bytes >= slot.opened.volume.size_bytes
             slot.opened.volume.size_bytes = size_bytes
 
+    def on_discard(self, drop: Callable[[str], None]) -> None:
+        """Have ``drop`` called with the id of each volume that is discarded: for what else has its chunks open."""
+        self._on_discard.append(drop)
+
     async def discard(self, volume_id: str) -> None:
         """See OpenVolumes."""
+        for drop in self._on_discard:
+            drop(volume_id)
         slot = self._slots.get(volume_id)
         if slot is None:
             return
