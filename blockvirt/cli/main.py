@@ -29,6 +29,42 @@ def _volume() -> click.Command:
     return volume_group
 
 
+def _snapshot() -> click.Command:
+    from blockvirt.cli.snapshots import snapshot_group
+
+    return snapshot_group
+
+
+def _clone() -> click.Command:
+    from blockvirt.cli.groups import clone_group
+
+    return clone_group
+
+
+def _group() -> click.Command:
+    from blockvirt.cli.groups import group_group
+
+    return group_group
+
+
+def _schedule() -> click.Command:
+    from blockvirt.cli.schedules import schedule_group
+
+    return schedule_group
+
+
+def _job() -> click.Command:
+    from blockvirt.cli.jobs import job_group
+
+    return job_group
+
+
+def _trash() -> click.Command:
+    from blockvirt.cli.trash import trash_group
+
+    return trash_group
+
+
 def _host() -> click.Command:
     from blockvirt.cli.hosts import host_group
 
@@ -102,6 +138,12 @@ class Commands(MutableMapping[str, click.Command]):
 COMMANDS = Commands(
     {
         "volume": _volume,
+        "snapshot": _snapshot,
+        "clone": _clone,
+        "group": _group,
+        "schedule": _schedule,
+        "job": _job,
+        "trash": _trash,
         "host": _host,
         "lun": _lun,
         "device": _device,

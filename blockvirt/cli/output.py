@@ -6,6 +6,7 @@ exact bytes and tables are plain columns, so that a pipe never gets less than th
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ import click
 
 from blockvirt.units import format_size
 
-Kind = Literal["text", "size", "number"]
+Kind = Literal["text", "time", "size", "number", "percent", "duration"]
+_TO_THE_RIGHT = ("size", "number", "percent", "duration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,12 @@ def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def show_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], output: str) -> None:
-    """Print a list; raises ClickException where stdout cannot take it."""
+def show_rows(
+    rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], output: str, *, footer: Sequence[str] = ()
+) -> None:
+    """Print a list, and below a table the lines of ``footer``; raises ClickException where stdout cannot take it."""
     rows = list(rows)
-    with _whole():
+    with whole_output():
         if output == "json":
             _json(rows)
         elif output == "csv":
@@ -59,11 +63,13 @@ def show_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], outp
                 click.echo(click.style(lines[0], bold=True) if styled else lines[0])
                 for line in lines[1:]:
                     click.echo(line)
+            for line in footer:
+                click.echo(line)
 
 
 def show_one(item: Mapping[str, Any], columns: Sequence[Column], output: str) -> None:
     """Print one thing, a line for each field; raises ClickException where stdout cannot take it."""
-    with _whole():
+    with whole_output():
         if output == "json":
             _json(item)
         elif output == "csv":
@@ -76,8 +82,8 @@ def show_one(item: Mapping[str, Any], columns: Sequence[Column], output: str) ->
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
-    """Have everything that is printed arrive before the command ends well."""
+def whole_output() -> Iterator[None]:
+    """Have everything that is printed arrive before the command ends well; raises ClickException otherwise."""
     try:
         yield
         sys.stdout.flush()
@@ -108,8 +114,8 @@ def _cells(row: Mapping[str, Any], columns: Sequence[Column], *, human: bool) ->
 def _cell(value: Any, kind: Kind, *, human: bool) -> str:
     if value is None:
         return ""
-    if kind == "size" and human:
-        return format_size(value)
+    if human and (shown := _for_people(value, kind)):
+        return shown
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
@@ -119,12 +125,38 @@ def _cell(value: Any, kind: Kind, *, human: bool) -> str:
     return str(value)
 
 
+def _for_people(value: Any, kind: Kind) -> str:
+    """Return what a terminal shows instead of the exact value; empty: the value itself."""
+    if kind == "size":
+        return format_size(value)
+    if kind == "time":
+        return re.sub(r"\.[0-9]+", "", value)  # RFC 3339, to the second
+    if kind == "percent":
+        return f"{value:.1f}%"
+    if kind == "duration":
+        return duration(value)
+    return ""
+
+
+def size_for_people(size_bytes: int) -> str:
+    """Return a size within a sentence: rounded on a terminal, exact anywhere else."""
+    return format_size(size_bytes) if sys.stdout.isatty() else f"{size_bytes} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span for people: the two largest units of it that count ('45s', '3m20s', '2d4h')."""
+    left_s = round(max(0.0, seconds))
+    spans = (("d", left_s // 86_400), ("h", left_s // 3_600 % 24), ("m", left_s // 60 % 60), ("s", left_s % 60))
+    first = next((place for place, (_, count) in enumerate(spans) if count), len(spans) - 1)
+    return "".join(f"{count}{unit}" for unit, count in spans[first : first + 2] if count) or "0s"
+
+
 def _aligned(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> list[str]:
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
     aligned = []
     for line in lines:
         cells = [
-            f"{cell:>{width}}" if column.kind != "text" else f"{cell:{width}}"
+            f"{cell:>{width}}" if column.kind in _TO_THE_RIGHT else f"{cell:{width}}"
             for cell, width, column in zip(line, widths, columns, strict=True)
         ]
         aligned.append("  ".join(cells).rstrip())
@@ -144,7 +176,7 @@ def _drawn(lines: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, column in zip(lines[0], columns, strict=True):
-        table.add_column(title, justify="left" if column.kind == "text" else "right", overflow="fold")
+        table.add_column(title, justify="right" if column.kind in _TO_THE_RIGHT else "left", overflow="fold")
     for line in lines[1:]:
         table.add_row(*(Text(cell) for cell in line))
     Console().print(table)

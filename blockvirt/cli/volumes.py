@@ -6,7 +6,9 @@ import click
 
 from blockvirt.cli.client import segment
 from blockvirt.cli.context import Context, parse_labels, pass_context, size_given
-from blockvirt.cli.output import Column, output_option, show_one, show_rows
+from blockvirt.cli.job_progress import wait_for
+from blockvirt.cli.output import Column, output_option, show_rows
+from blockvirt.cli.volume_view import show_volume
 
 LIST = (
     Column("NAME", "name"),
@@ -17,22 +19,14 @@ LIST = (
     Column("UNITS", "units"),
     Column("LABELS", "labels"),
 )
-SHOW = (
+DELETED = (
     Column("NAME", "name"),
-    Column("ID", "id"),
-    Column("STATE", "state"),
+    Column("DELETED", "deleted"),
     Column("SIZE", "size_bytes", "size"),
-    Column("MAPPED", "mapped_bytes", "size"),
-    Column("CHUNK", "chunk_bytes", "size"),
-    Column("LABELS", "labels"),
-    Column("PLACEMENT", "placed"),
-    Column("LIES ON", "lies_on"),
-    Column("SESSIONS", "sessions", "number"),
-    Column("UNITS", "units"),
-    Column("CREATED", "created_at"),
-    Column("REVISION", "revision", "number"),
-    Column("NBD URI", "nbd_uris"),
-    Column("DAMAGE", "damage"),
+    Column("FREES", "freed_bytes", "size"),
+    Column("SNAPSHOTS", "snapshots", "number"),
+    Column("IN TRASH UNTIL", "purge_at", "time"),
+    Column("NEEDS FORCE BECAUSE", "obstacles"),
 )
 
 
@@ -69,10 +63,7 @@ def create(
         body["name"] = name
     if devices or device_labels:
         body["placement"] = {"devices": list(devices), "labels": parse_labels(device_labels)}
-    volume = context.client.call("POST", "/v1/volumes", body)
-    if "requested_size_bytes" in volume:
-        click.echo(f"rounded up to whole sectors of 512 bytes: {volume['size_bytes']} bytes", err=True)
-    _show(volume, output)
+    show_volume(context.client.call("POST", "/v1/volumes", body), output)
 
 
 @volume_group.command("list")
@@ -91,7 +82,7 @@ def list_(context: Context, labels: tuple[str, ...], output: str) -> None:
 @pass_context
 def show(context: Context, volume: str, output: str) -> None:
     """Show a volume, by name or id, and where its data lies."""
-    _show(context.client.call("GET", f"/v1/volumes/{segment(volume)}"), output)
+    show_volume(context.client.call("GET", f"/v1/volumes/{segment(volume)}"), output)
 
 
 @volume_group.command("resize")
@@ -109,7 +100,7 @@ def resize(context: Context, volume: str, size: str, reconnect: bool, output: st
     tell the guest with QMP block_resize.
     """
     body = {"size": size_given(size), "reconnect": reconnect}
-    _show(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
+    show_volume(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
 
 
 @volume_group.command("rename")
@@ -119,7 +110,7 @@ def resize(context: Context, volume: str, size: str, reconnect: bool, output: st
 @pass_context
 def rename(context: Context, volume: str, name: str, output: str) -> None:
     """Give a volume another name; open sessions stay."""
-    _show(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", {"name": name}), output)
+    show_volume(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", {"name": name}), output)
 
 
 @volume_group.command("label")
@@ -130,7 +121,7 @@ def rename(context: Context, volume: str, name: str, output: str) -> None:
 def label(context: Context, volume: str, labels: tuple[str, ...], output: str) -> None:
     """Replace the labels of a volume by those given."""
     body = {"labels": parse_labels(labels)}
-    _show(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
+    show_volume(context.client.call("PATCH", f"/v1/volumes/{segment(volume)}", body), output)
 
 
 @volume_group.command("reopen")
@@ -142,19 +133,29 @@ def reopen(context: Context, volume: str, output: str) -> None:
 
     A volume stops when a sync of it fails. Mend the disk first; check the filesystem on the volume afterwards.
     """
-    _show(context.client.call("POST", f"/v1/volumes/{segment(volume)}/reopen"), output)
+    show_volume(context.client.call("POST", f"/v1/volumes/{segment(volume)}/reopen"), output)
 
 
 @volume_group.command("delete")
 @click.argument("volumes", nargs=-1, required=True, metavar="VOLUME...")
 @click.option("--force", is_flag=True, help="Also while mapped or in use: mappings go, sessions are dropped.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--purge", is_flag=True, help="For good, at once: not into the trash.")
+@click.option("--wait", is_flag=True, help="With --purge: wait until the space is free, with a bar on a terminal.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go, and what that frees.")
 @output_option
 @pass_context
-def delete(context: Context, volumes: tuple[str, ...], force: bool, dry_run: bool, output: str) -> None:
-    """Delete volumes and what is on them."""
-    query = {"force": str(force).lower(), "dry_run": str(dry_run).lower()}
+def delete(
+    context: Context, volumes: tuple[str, ...], force: bool, purge: bool, wait: bool, dry_run: bool, output: str
+) -> None:
+    """Put volumes into the trash with their snapshots, or with --purge delete them for good.
+
+    In the trash a volume is whole, and can be had back until its deadline; its name is free at once.
+    """
+    given = {"force": force, "purge": purge, "dry_run": dry_run}
+    query = {name: "true" for name, value in given.items() if value}
     gone = [context.client.call("DELETE", f"/v1/volumes/{segment(volume)}", query=query) for volume in volumes]
+    if wait:
+        wait_for(context.client, [each["job_id"] for each in gone if each.get("job_id")])
     rows = [
         each
         | {
@@ -164,22 +165,12 @@ def delete(context: Context, volumes: tuple[str, ...], force: bool, dry_run: boo
         }
         for each in gone
     ]
-    columns = (
-        Column("NAME", "name"),
-        Column("DELETED", "deleted"),
-        Column("SIZE", "size_bytes", "size"),
-        Column("FREES", "freed_bytes", "size"),
-        Column("NEEDS FORCE BECAUSE", "obstacles"),
-    )
-    show_rows(gone if output == "json" else rows, columns, output)
+    show_rows(gone if output == "json" else rows, DELETED, output)
+    for each in gone:
+        if each["deleted"] and each.get("purge_at"):
+            click.echo(_in_the_trash(each["volume"], each["purge_at"]), err=True)
 
 
-def _show(volume: dict[str, Any], output: str) -> None:
-    if output != "json":
-        placement = volume["placement"]
-        labels = [f"{key}={value}" for key, value in placement["labels"].items()]
-        volume["placed"] = " ".join([*placement["devices"], *labels]) or "any device"
-        shares = volume.get("located") or []
-        volume["lies_on"] = [f"{share['device']}:{share['live_bytes']}" for share in shares]
-    columns = [column for column in SHOW if column.key != "damage" or "damage" in volume]
-    show_one(volume, columns, output)
+def _in_the_trash(volume: dict[str, Any], purge_at: str) -> str:
+    commands = f"'blockvirt trash restore {volume['id']}' brings it back, 'blockvirt trash purge {volume['id']}'"
+    return f"{volume['name']} is in the trash until {purge_at}: {commands} frees its space"
