@@ -67,6 +67,12 @@ class BeingDeleted(BlockvirtError):
     code, nbd_errno, http_status = "being-deleted", errno.EBUSY, 409
 
 
+class DataDamaged(BlockvirtError):
+    """A sealed chunk does not hold what it held when it was sealed."""
+
+    code, nbd_errno, http_status = "data-damaged", errno.EIO, 500
+
+
 class WrongJobState(BlockvirtError):
     """A job cannot be cancelled, paused or resumed in the state that it is in."""
 

@@ -19,6 +19,7 @@ from blockvirt.meta.records import FileRecord, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path
 from blockvirt.syscalls import punch_hole
+from blockvirt.volumes.checksums import forget_checksums
 from blockvirt.volumes.context import VolumeContext
 
 log = logging.getLogger("blockvirt.punch")
@@ -96,6 +97,8 @@ class Puncher:
 
         def forget(writer: Writer) -> list[_Punch]:
             # A row that went meanwhile, with its whole volume, is not ours to count.
+            for punch in done:
+                forget_checksums(writer, punch.number, punch.chunk, punch.count)
             return [punch for punch in done if writer.delete(Table.PUNCH, pair_key(punch.number, punch.chunk))]
 
         async with self._storage.counting:

@@ -7,6 +7,7 @@ copy and entry are decided in one piece. Between a ``stage`` and its ``settle`` 
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from blockvirt.device import Extent, ExtentState
 from blockvirt.errors import NotSupported
@@ -16,6 +17,7 @@ from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
 from blockvirt.lun.plan import Action, WriteStep, plan_read
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.checkpoint import Checkpointer
+from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.flush import Flusher, sync_guarded
 from blockvirt.volumes.journal_opening import open_journal
 from blockvirt.volumes.transfer import assign
@@ -98,7 +100,7 @@ class SlowPath:
             if not in_place or volume.in_place.open:
                 break
             await volume.in_place.opened()
-        transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data)
+        transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data, checksum_of=volume.checksum_of)
 
         def run_all() -> None:
             for transfer in transfers:
@@ -131,7 +133,12 @@ class SlowPath:
                 batch = sources[start : start + COPY_BATCH_CHUNKS]
                 await self._make_room([WriteStep(Action.ALLOCATE, 0, len(batch), 0, 0, 0, 0)])
                 volume.check()
-                places = [(volume.files.get(file_of(each)), chunk_of(each) << volume.chunk_shift) for each in batch]
+                places = [
+                    _Place(
+                        volume.files.get(file_of(each)), chunk_of(each) << volume.chunk_shift, volume.checksum_of(each)
+                    )
+                    for each in batch
+                ]
                 file, first = volume.tail.take(len(batch))
                 made += range(first, first + len(batch))
                 await self._in_thread(partial(_copy_all, places, file, chunk_of(first) << volume.chunk_shift))
@@ -287,10 +294,19 @@ class SlowPath:
         return found
 
 
-def _copy_all(places: Sequence[tuple[BackingFile, int]], target: BackingFile, position: int) -> None:
+class _Place(NamedTuple):
+    """A sealed chunk that is copied."""
+
+    file: BackingFile
+    position: int
+    checksum: int | None
+
+
+def _copy_all(places: Sequence[_Place], target: BackingFile, position: int) -> None:
     content = memoryview(bytearray(target.chunk_bytes))
-    for index, (source, source_position) in enumerate(places):
-        source.read(content, source_position)
+    for index, place in enumerate(places):
+        place.file.read(content, place.position)
+        check_content(content, place.checksum, f"the chunk at {place.position} of {place.file.path}")
         target.write(content, position + index * target.chunk_bytes)
 
 

@@ -1,11 +1,12 @@
 """The I/O of a planned write: where each part of the data goes. Runs inline or in a thread, and stages nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from blockvirt.lun.address import chunk_of, file_of
 from blockvirt.lun.plan import Action, WriteStep
 from blockvirt.pool.backing import BackingFile
+from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.tail import BranchFiles, Tail
 
 
@@ -25,9 +26,14 @@ class Transfer:
     content: bytearray | None = None
     """COPY: that content, where it has been read already."""
     within: int = 0
+    checksum: int | None = None
+    """COPY: what that content must have, if it is sealed."""
 
     def run(self) -> None:
-        """Write the data; for a copy-on-write first read what it does not cover. Raises OSError, DeviceFault."""
+        """Write the data; for a copy-on-write first read what it does not cover.
+
+        Raises OSError, DeviceFault, DataDamaged (what would be copied is not what was sealed).
+        """
         if self.old is None:
             self.file.write(self.data, self.position)
             return
@@ -35,6 +41,7 @@ class Transfer:
             old, old_position = self.old
             self.content = bytearray(old.chunk_bytes)
             old.read(memoryview(self.content), old_position)
+            check_content(self.content, self.checksum, f"the chunk at {old_position} of {old.path}")
         self.content[self.within : self.within + len(self.data)] = self.data
         self.file.write(memoryview(self.content), self.position)
 
@@ -46,11 +53,13 @@ def assign(
     steps: list[WriteStep],
     data: memoryview,
     copies: Iterable[bytearray | None] | None = None,
+    checksum_of: Callable[[int], int | None] = lambda _: None,
 ) -> list[Transfer]:
     """Hand out addresses for ``steps`` and return their transfers, in order.
 
     The caller has made sure of room. Addresses are handed out even if the I/O fails later: what a failed write left
-    in them must never show up in another chunk (I8).
+    in them must never show up in another chunk (I8). ``checksum_of`` an address is asked where a copy is still to be
+    read; in ``copies`` everything is read and compared already.
     """
     contents = iter(copies) if copies is not None else None
     transfers = []
@@ -68,7 +77,8 @@ def assign(
             continue
         old = (files.get(file_of(step.entry)), chunk_of(step.entry) << chunk_shift)
         content = next(contents) if contents is not None else None
-        transfers.append(
-            Transfer(file, position, part, step.chunk, 1, entry, old=old, content=content, within=step.within)
-        )
+        copy = Transfer(file, position, part, step.chunk, 1, entry, old=old, content=content, within=step.within)
+        if content is None:
+            copy.checksum = checksum_of(step.entry)
+        transfers.append(copy)
     return transfers

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
-from blockvirt.errors import BlockvirtError, VolumeStopped
+from blockvirt.errors import BlockvirtError, DamagedRecord, VolumeStopped
 from blockvirt.limits import MAX_DIRTY_LEAVES
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
@@ -21,6 +21,7 @@ from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.tasks import TaskSet
+from blockvirt.volumes.checksums import check_content, find_checksum
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.journal_frames import CHANGE
@@ -153,8 +154,20 @@ class Volume:
     def _old_content(self, step: WriteStep) -> bytearray | None:
         """Return what a copied chunk held, from the page cache; None where a thread must read it."""
         content = bytearray(self.chunk_bytes)
-        file = self.files.get(file_of(step.entry))
-        return content if file.read_cached(memoryview(content), chunk_of(step.entry) << self.chunk_shift) else None
+        file, position = self.files.get(file_of(step.entry)), chunk_of(step.entry) << self.chunk_shift
+        if not file.read_cached(memoryview(content), position):
+            return None
+        check_content(content, self.checksum_of(step.entry), f"the chunk at {position} of {file.path}")
+        return content
+
+    def checksum_of(self, address: int) -> int | None:
+        """Return what a sealed chunk's content must have; None: it is not known."""
+        with self.context.store.read() as reader:
+            try:
+                return find_checksum(reader, address)
+            except DamagedRecord as error:  # copying goes on without; 'check' names the row
+                log.error("%s", error)
+                return None
 
     # --- shared by the fast and the slow path --------------------------------------------------------------------
 

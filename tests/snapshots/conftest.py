@@ -1,5 +1,6 @@
 """A running pool with its snapshots, for the tests of this room."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.flatten import Flattening
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
+from blockvirt.snapshots.sealing import Sealer
 from blockvirt.volumes.catalogue import Catalogue
 from tests.volumes.conftest import Pool
 
@@ -24,9 +26,11 @@ class SnapshotPool(Pool):
         self.snapshots = Snapshots(engine, self.readers)
         self.flattening = Flattening(engine, self.readers)
         self.reverts = Reverts(engine, self.snapshots, self.catalogue.promises)
+        self.sealer = asyncio.create_task(Sealer(engine).run())
         return self
 
     async def close(self) -> None:
+        self.sealer.cancel()
         await self.readers.close()
         await super().close()
 

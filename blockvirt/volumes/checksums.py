@@ -1,0 +1,99 @@
+"""CRC-32C of sealed chunks: rows of the checksum table, one for 512 neighbouring chunks of a backing file.
+
+    value: 64 bytes, bit i of which says that chunk i of the group has a checksum | 512 x u32, little-endian
+
+A chunk is sealed from the first snapshot that sees it on: it never changes again, so its checksum is computed once, in
+the background. Copy-up, export and ``check --data`` compare; a chunk without a checksum yet is taken as it is.
+"""
+
+import struct
+from collections.abc import Mapping
+
+from blockvirt.checksum import crc32c
+from blockvirt.errors import DataDamaged
+from blockvirt.lun.address import chunk_of, file_of
+from blockvirt.meta.keys import Table, pair_key
+from blockvirt.meta.records import seal, unseal
+from blockvirt.meta.store import Reader, Writer
+
+GROUP_BITS = 9
+GROUP_CHUNKS = 1 << GROUP_BITS
+_BITMAP_BYTES = GROUP_CHUNKS // 8
+_CRC = struct.Struct("<I")
+_EMPTY = bytes(_BITMAP_BYTES + GROUP_CHUNKS * _CRC.size)
+
+
+def group_key(address: int) -> bytes:
+    """Key of the row that has the checksum of an address."""
+    return pair_key(file_of(address), chunk_of(address) >> GROUP_BITS)
+
+
+def read_group(key: bytes, stored: bytes) -> dict[int, int]:
+    """Return the checksums in a row, by place in the group; raises DamagedRecord."""
+    payload = unseal(key, stored, what="a row of checksums")
+    return {
+        place: _CRC.unpack_from(payload, _BITMAP_BYTES + place * _CRC.size)[0]
+        for place in range(GROUP_CHUNKS)
+        if payload[place >> 3] >> (place & 7) & 1
+    }
+
+
+def find_checksum(reader: Reader, address: int) -> int | None:
+    """Return the checksum of a chunk; None: it is not sealed, or has none yet. Raises DamagedRecord."""
+    key = group_key(address)
+    stored = reader.get(Table.CHECKSUMS, key)
+    if stored is None:
+        return None
+    payload = unseal(key, stored, what="a row of checksums")
+    place = chunk_of(address) & (GROUP_CHUNKS - 1)
+    if not payload[place >> 3] >> (place & 7) & 1:
+        return None
+    crc: int = _CRC.unpack_from(payload, _BITMAP_BYTES + place * _CRC.size)[0]
+    return crc
+
+
+def put_checksums(writer: Writer, checksums: Mapping[int, int]) -> None:
+    """Store checksums by address."""
+    groups: dict[bytes, list[int]] = {}
+    for address in checksums:
+        groups.setdefault(group_key(address), []).append(address)
+    for key, addresses in groups.items():
+        payload = _payload(writer, key)
+        for address in addresses:
+            place = chunk_of(address) & (GROUP_CHUNKS - 1)
+            payload[place >> 3] |= 1 << (place & 7)
+            _CRC.pack_into(payload, _BITMAP_BYTES + place * _CRC.size, checksums[address])
+        writer.put(Table.CHECKSUMS, key, seal(key, bytes(payload)))
+
+
+def forget_checksums(writer: Writer, file: int, first_chunk: int, count: int) -> None:
+    """Remove the checksums of chunks that were given back; a row without any goes as a whole."""
+    chunk, end = first_chunk, first_chunk + count
+    while chunk < end:
+        group = chunk >> GROUP_BITS
+        stop = min(end, (group + 1) << GROUP_BITS)
+        key = pair_key(file, group)
+        if writer.get(Table.CHECKSUMS, key) is not None:
+            payload = _payload(writer, key)
+            for place in range(chunk & (GROUP_CHUNKS - 1), ((stop - 1) & (GROUP_CHUNKS - 1)) + 1):
+                payload[place >> 3] &= ~(1 << (place & 7))
+            if any(payload[:_BITMAP_BYTES]):
+                writer.put(Table.CHECKSUMS, key, seal(key, bytes(payload)))
+            else:
+                writer.delete(Table.CHECKSUMS, key)
+        chunk = stop
+
+
+def _payload(writer: Writer, key: bytes) -> bytearray:
+    stored = writer.get(Table.CHECKSUMS, key)
+    return bytearray(_EMPTY if stored is None else unseal(key, stored, what="a row of checksums"))
+
+
+def check_content(content: "bytes | bytearray | memoryview", expected: int | None, what: str) -> None:
+    """Return if a sealed chunk's content has the checksum it must have (None: not known); raises DataDamaged."""
+    if expected is not None and (found := crc32c(bytes(content))) != expected:
+        raise DataDamaged(
+            f"{what} is damaged: its CRC-32C is {found:08x}, it was {expected:08x} when it was sealed",
+            cause="the disk changed or lost what was written",
+            correction="restore it from a copy; 'blockvirt check --data' names everything that is damaged",
+        )
