@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -21,8 +22,16 @@ from blockvirt.metrics import Metrics
 from blockvirt.nbd.listeners import activation_sockets, clear_activation
 from blockvirt.nbd.server import NbdServer
 from blockvirt.notify import notify
+from blockvirt.snapshots.catalogue import Snapshots
+from blockvirt.snapshots.changed_blocks import ChangedBlocks
+from blockvirt.snapshots.cloning import Cloning
 from blockvirt.snapshots.exports import Exports
+from blockvirt.snapshots.flatten import Flattening
+from blockvirt.snapshots.histories import Histories
 from blockvirt.snapshots.readers import SnapshotReaders
+from blockvirt.snapshots.revert import Reverts
+from blockvirt.snapshots.scheduled import ScheduledSnapshots
+from blockvirt.snapshots.schedules import Schedules
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
@@ -92,9 +101,15 @@ class Daemon:
             stack.push_async_callback(engine.close)
             readers = SnapshotReaders(engine.context)
             stack.push_async_callback(readers.close)
+            flattening = Flattening(engine, readers)
             engine.registry.on_discard(readers.drop_volume)
             sessions = Sessions(engine, readers)
             catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=settings.trash_s)
+            snapshots = Snapshots(engine, readers)
+            stack.push_async_callback(snapshots.close)
+            reverts = Reverts(engine, snapshots, catalogue.promises)
+            stack.push_async_callback(reverts.close)
+            schedules = Schedules(engine.store, time.time, ScheduledSnapshots(engine.store, snapshots))
             presentation = Presentation(engine.store, sessions)
             await presentation.finish_deletions()
             exports = Exports(
@@ -109,6 +124,14 @@ class Daemon:
                 space=engine.storage,
                 devices=engine.storage,
                 idempotency=Idempotency(engine.store),
+                snapshots=snapshots,
+                reverts=reverts,
+                cloning=Cloning(engine.store, catalogue, snapshots),
+                flattening=flattening,
+                changed_blocks=ChangedBlocks(engine, snapshots),
+                histories=Histories(engine.context),
+                schedules=schedules,
+                jobs=engine.jobs,
                 endpoints=lambda: self.endpoints,
                 not_ready=lambda: self._not_ready or engine.not_ready(),
                 metrics=Metrics(engine, catalogue, server).take,
@@ -119,6 +142,7 @@ class Daemon:
             copies = MetadataCopies(engine.store, engine.storage, engine.context.threads, settings.state_dir)
             workers.start(copies.run(), "metadata copies")
             workers.start(catalogue.trash.run(), "trash")
+            workers.start(schedules.run(), "schedules")
             self._not_ready = ""
             self._stack = stack.pop_all()
 

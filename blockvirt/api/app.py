@@ -10,7 +10,7 @@ from aiohttp.typedefs import Middleware
 from pydantic import BaseModel
 
 from blockvirt import __version__
-from blockvirt.api import hosts, models, pool, sessions, volumes
+from blockvirt.api import changes, hosts, jobs, models, pool, schedules, sessions, snapshots, trash, volumes
 from blockvirt.api.guards import check_origin
 from blockvirt.api.openapi import document
 from blockvirt.api.operations import Call, Operation, Reply, arguments_of, expected_revision
@@ -23,7 +23,9 @@ from blockvirt.meta.records import IdempotencyRecord
 __all__ = ["Services", "build"]
 
 OPERATIONS: tuple[Operation, ...] = tuple(
-    operation for room in (volumes, hosts, pool, sessions) for operation in room.operations.all
+    operation
+    for room in (volumes, snapshots, changes, schedules, trash, jobs, hosts, pool, sessions)
+    for operation in room.operations.all
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

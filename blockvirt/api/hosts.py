@@ -5,6 +5,7 @@ from asyncio import sleep
 from blockvirt.api import answers, models
 from blockvirt.api.operations import Call, Operations, Reply, etag
 from blockvirt.api.paging import page_after, page_token
+from blockvirt.api.wire import ForceQuery, ListQuery
 from blockvirt.lun.attach import attach_info
 from blockvirt.lun.presentation import READ_BATCH
 from blockvirt.lun.units import Unit
@@ -24,7 +25,7 @@ async def create_host(call: Call, body: models.HostCreate) -> Reply:
 
 
 @operations.add("GET", "/v1/hosts", {200: models.HostList})
-async def list_hosts(call: Call, query: models.ListQuery) -> Reply:
+async def list_hosts(call: Call, query: ListQuery) -> Reply:
     """List hosts with their logical units, in the order of their names, a page at a time."""
     page = await call.services.presentation.hosts(after=page_after(query.page_token, "hosts"), limit=query.limit)
     endpoints = call.services.endpoints()
@@ -45,7 +46,7 @@ async def show_host(call: Call, host: str) -> Reply:
 
 
 @operations.add("DELETE", "/v1/hosts/{host}", {200: models.Host}, errors=(404, 409))
-async def delete_host(call: Call, host: str, query: models.ForceQuery) -> Reply:
+async def delete_host(call: Call, host: str, query: ForceQuery) -> Reply:
     """Delete a host; refused while it has logical units, unless forced."""
     gone = await call.services.presentation.delete_host(host, force=query.force)
     return Reply(answers.host(gone, call.services.endpoints()))
@@ -99,7 +100,7 @@ async def show_lun(call: Call, host: str, number: int) -> Reply:
 
 
 @operations.add("DELETE", "/v1/hosts/{host}/luns/{number}", {200: models.Unit}, errors=(404, 409))
-async def unmap_lun(call: Call, host: str, number: int, query: models.ForceQuery) -> Reply:
+async def unmap_lun(call: Call, host: str, number: int, query: ForceQuery) -> Reply:
     """Take a logical unit away from a host; refused while a session is open on it, unless forced."""
     unit = await call.services.presentation.unmap(host, number, force=query.force)
     return Reply(answers.unit(unit, call.services.endpoints()))

@@ -1,53 +1,28 @@
 """What goes over the wire, as pydantic models: the OpenAPI document is generated from them.
 
-Requests refuse unknown fields. Sizes come in as bytes or as strings with a unit (``blockvirt.units``) and go out as
-bytes only; times go out as RFC 3339 in UTC.
+Those of snapshots, schedules and jobs have modules of their own; what all requests and answers are made of is in
+``wire``.
 """
 
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from datetime import datetime
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import Field
 
-from blockvirt.limits import API_MAX_PAGE_ITEMS, API_PAGE_ITEMS, MAX_UNITS_PER_HOST
-from blockvirt.units import parse_size
-
-SIZE_SCHEMA = {
-    "anyOf": [
-        {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": "^[0-9]{1,20} ?(B|[KMGTP]i?B)$", "examples": ["10GiB", "512MiB", "2TB"]},
-    ],
-    "description": "Bytes, or a number with one of the units KiB MiB GiB TiB PiB (powers of 1024) or KB MB GB TB PB "
-    "(powers of 1000). A bare 10G is refused: it means different sizes to different tools.",
-}
-Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
-Labels = Annotated[dict[str, str], Field(description="Free key-value pairs.", examples=[{"team": "web"}])]
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-def timestamp(seconds: float) -> datetime:
-    """Return a time of the records (seconds since the epoch) as the API shows it."""
-    return datetime.fromtimestamp(seconds, UTC)
-
+from blockvirt.api.wire import Answer, DeleteQuery, Labels, Query, Request, Size
+from blockvirt.limits import MAX_UNITS_PER_HOST
 
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
-class Placement(_Request):
+class Placement(Request):
     """Which devices may hold a volume's data; all of them where nothing is said."""
 
     devices: list[str] = Field(default_factory=list, description="Names of devices.")
     labels: dict[str, str] = Field(default_factory=dict, description="Labels that a device must carry, all of them.")
 
 
-class VolumeCreate(_Request):
+class VolumeCreate(Request):
     """A volume to create: a size is enough."""
 
     size: Size
@@ -56,7 +31,7 @@ class VolumeCreate(_Request):
     placement: Placement = Field(default_factory=lambda: Placement.model_validate({}))
 
 
-class VolumePatch(_Request):
+class VolumePatch(Request):
     """What to change of a volume. Sizes only grow; labels are replaced as a whole."""
 
     name: str | None = None
@@ -67,21 +42,21 @@ class VolumePatch(_Request):
     )
 
 
-class HostCreate(_Request):
+class HostCreate(Request):
     """A host to create."""
 
     name: str
     labels: Labels = Field(default_factory=dict)
 
 
-class UnitCreate(_Request):
+class UnitCreate(Request):
     """A volume to show to a host as a logical unit."""
 
     volume: str = Field(description="Name or id of the volume.")
     number: int | None = Field(None, ge=0, lt=MAX_UNITS_PER_HOST, description="The next free one where it is missing.")
 
 
-class DeviceCreate(_Request):
+class DeviceCreate(Request):
     """A directory to take into the pool as a device."""
 
     path: str = Field(max_length=4096, pattern=r"^/[^\x00]*$", description="An absolute path on the daemon's machine.")
@@ -91,7 +66,7 @@ class DeviceCreate(_Request):
     labels: Labels = Field(default_factory=dict)
 
 
-class PoolPatch(_Request):
+class PoolPatch(Request):
     """What to change of the pool's policy."""
 
     overcommit_ratio: float | None = Field(None, ge=1, le=1000, description="Promised bytes / capacity, at most.")
@@ -101,38 +76,19 @@ class PoolPatch(_Request):
     )
 
 
-class ListQuery(_Request):
-    """Which page of a list."""
+class VolumeDeleteQuery(DeleteQuery):
+    """How hard to try, for how long, or only to say what would go."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    limit: int = Field(API_PAGE_ITEMS, ge=1, le=API_MAX_PAGE_ITEMS, description="Items on a page.")
-    page_token: str | None = Field(
-        None, max_length=512, description="The next_page_token of the page before, not changed in any way."
-    )
+    purge: bool = Field(False, description="For good, at once: not into the trash.")
 
 
-class VolumeListQuery(ListQuery):
-    """Which volumes, and which page of them."""
+class TrashRestore(Request):
+    """How to take a volume out of the trash."""
 
-    label: list[str] = Field(default_factory=list, description="KEY=VALUE; may be repeated, all of them must match.")
-
-
-class ForceQuery(_Request):
-    """How hard to try."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    force: bool = Field(False, description="Also where it is in use: sessions are dropped, mappings removed.")
+    name: str | None = Field(None, description="Its new name; the one that it had, where it is missing.")
 
 
-class DeleteQuery(ForceQuery):
-    """How hard to try, or only to say what would happen."""
-
-    dry_run: bool = Field(False, description="Change nothing, say what would go.")
-
-
-class SessionQuery(_Request):
+class SessionQuery(Query):
     """Which sessions."""
 
     volume: str | None = Field(None, description="Name or id of a volume: only its sessions.")
@@ -141,7 +97,7 @@ class SessionQuery(_Request):
 # --- answers -------------------------------------------------------------------------------------------------------
 
 
-class DeviceShare(_Answer):
+class DeviceShare(Answer):
     """How much of a volume lies on one device, as of its last checkpoint."""
 
     device: str
@@ -149,7 +105,7 @@ class DeviceShare(_Answer):
     live_bytes: int
 
 
-class Volume(_Answer):
+class Volume(Answer):
     """A volume."""
 
     id: str
@@ -168,25 +124,61 @@ class Volume(_Answer):
     requested_size_bytes: int | None = Field(None, description="Only where the size was rounded up to whole sectors.")
     located: list[DeviceShare] | None = Field(None, description="Where its data lies; only when one volume is shown.")
     damage: str | None = Field(None, description="What is damaged, or why it stopped; only in those states.")
+    snapshots: int = Field(0, description="How many it has.")
+    origin: str | None = Field(None, description="The snapshot that it was cloned from and still needs.")
+    exclusive_bytes: int | None = Field(
+        None, description="What deleting it with its snapshots would free; only when one volume is shown."
+    )
+    snapshot_bytes: int | None = Field(
+        None, description="What deleting all of its snapshots would free; only when one volume is shown."
+    )
 
 
-class VolumeList(_Answer):
+class VolumeList(Answer):
     """A page of volumes in the order of their names."""
 
     volumes: list[Volume]
     next_page_token: str | None = Field(None, description="Missing on the last page.")
 
 
-class VolumeDeletion(_Answer):
+class VolumeDeletion(Answer):
     """What a delete took away, or would take away."""
 
     deleted: bool
     volume: Volume
     obstacles: list[str] = Field(description="Why it is refused without force.")
+    freed_bytes: int = Field(description="What comes back when it is gone for good, with its snapshots.")
+    snapshots: int = Field(description="How many go with it.")
+    purge_at: datetime | None = Field(None, description="When the trash lets go of it; missing: it goes at once.")
+    job_id: str | None = Field(None, description="The job that takes it apart; missing: it is in the trash.")
+
+
+class TrashedVolume(Answer):
+    """A volume in the trash: its name is free, its bytes stay promised."""
+
+    id: str
+    name: str = Field(description="Its name when it was deleted; several may have had the same.")
+    size_bytes: int
+    snapshots: int
+    trashed_at: datetime
+    purge_at: datetime
+
+
+class TrashList(Answer):
+    """A page of the trash: what goes first comes first."""
+
+    volumes: list[TrashedVolume]
+    next_page_token: str | None = None
+
+
+class TrashPurge(Answer):
+    """What a purge would take away."""
+
+    volume: TrashedVolume
     freed_bytes: int
 
 
-class Unit(_Answer):
+class Unit(Answer):
     """A logical unit: a volume as one host sees it."""
 
     id: str
@@ -201,13 +193,13 @@ class Unit(_Answer):
     created_at: datetime
 
 
-class UnitList(_Answer):
+class UnitList(Answer):
     """The logical units of a host in the order of their numbers."""
 
     luns: list[Unit]
 
 
-class Host(_Answer):
+class Host(Answer):
     """A consumer of logical units."""
 
     id: str
@@ -219,14 +211,14 @@ class Host(_Answer):
     created_at: datetime
 
 
-class HostList(_Answer):
+class HostList(Answer):
     """A page of hosts in the order of their names."""
 
     hosts: list[Host]
     next_page_token: str | None = None
 
 
-class AttachInfo(_Answer):
+class AttachInfo(Answer):
     """How to attach an export, ready to paste."""
 
     export: str
@@ -241,7 +233,7 @@ class AttachInfo(_Answer):
     nbdcopy_out: str
 
 
-class Device(_Answer):
+class Device(Answer):
     """A device of the pool."""
 
     id: str
@@ -258,13 +250,13 @@ class Device(_Answer):
     problem: str | None = None
 
 
-class DeviceList(_Answer):
+class DeviceList(Answer):
     """The devices of the pool."""
 
     devices: list[Device]
 
 
-class Pool(_Answer):
+class Pool(Answer):
     """The pool and its space."""
 
     id: str
@@ -282,7 +274,7 @@ class Pool(_Answer):
     devices: list[Device]
 
 
-class SizeInfo(_Answer):
+class SizeInfo(Answer):
     """The largest volume that one could get now."""
 
     largest_bytes: int
@@ -290,7 +282,7 @@ class SizeInfo(_Answer):
     explanation: str
 
 
-class Session(_Answer):
+class Session(Answer):
     """A client's session on an export."""
 
     id: str
@@ -305,33 +297,33 @@ class Session(_Answer):
     requests: int
 
 
-class SessionList(_Answer):
+class SessionList(Answer):
     """The sessions that are open."""
 
     sessions: list[Session]
 
 
-class SessionsDropped(_Answer):
+class SessionsDropped(Answer):
     """How many sessions were dropped."""
 
     dropped: int
 
 
-class Health(_Answer):
+class Health(Answer):
     """Whether the daemon lives, or is ready to serve."""
 
     status: Literal["ok", "starting", "stopping", "failed"]
     reason: str | None = None
 
 
-class FieldProblem(_Answer):
+class FieldProblem(Answer):
     """What is wrong with one field of a request."""
 
     pointer: str = Field(description="RFC 6901 JSON pointer into the body, or the name of a parameter.")
     detail: str
 
 
-class Problem(_Answer):
+class Problem(Answer):
     """An error (RFC 9457)."""
 
     type: str

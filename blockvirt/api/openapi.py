@@ -62,7 +62,8 @@ def _operation(operation: Operation, schemas: dict[tuple[type[BaseModel], str], 
         described["description"] = " ".join(description.split())
     if operation.body is not None:
         schema = schemas[(operation.body, "validation")]
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        content = {"application/json": {"schema": schema}}
+        described["requestBody"] = {"required": operation.needs_body, "content": content}
     return described
 
 

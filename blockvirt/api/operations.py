@@ -70,6 +70,13 @@ class Operation:
     conditional: bool
     """Takes If-Match."""
 
+    @property
+    def needs_body(self) -> bool:
+        """Whether the request has to have a body: a POST can go without where everything in it is optional."""
+        if self.body is None:
+            return False
+        return self.method != "POST" or any(each.is_required() for each in self.body.model_fields.values())
+
 
 class Operations:
     """The operations of one group of resources, collected by a decorator."""
@@ -128,7 +135,9 @@ async def arguments_of(operation: Operation, request: web.Request) -> tuple[dict
             correction="leave it out; /v1/openapi.json says what there is",
         )
     raw = await read_body(request)
-    if operation.body is not None:
+    if operation.body is not None and not raw and "Content-Type" not in request.headers and not operation.needs_body:
+        arguments["body"] = operation.body()
+    elif operation.body is not None:
         check_media_type(request)
         try:
             arguments["body"] = operation.body.model_validate_json(raw)

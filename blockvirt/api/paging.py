@@ -7,8 +7,12 @@ listed, so that it is not used on another list.
 import base64
 import binascii
 import json
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from blockvirt.errors import InvalidRequest
+
+T = TypeVar("T")
 
 
 def page_token(listing: str, after: str) -> str:
@@ -30,3 +34,23 @@ def page_after(token: str | None, listing: str) -> str:
             correction="send the next_page_token of the page before, with the same filter; or none for the first page",
         )
     return parts[1]
+
+
+def page_of(
+    listing: str, items: Sequence[T], place: Callable[[T], tuple[float, str]], after: str, limit: int
+) -> tuple[Sequence[T], str | None]:
+    """Return up to ``limit`` of all ``items`` behind ``after``, and the token of the next page (None: that was all).
+
+    ``place`` says where an item stands in their order: a number, then a name.
+    """
+    if after:
+        number, _, name = after.partition("/")
+        try:
+            last = float(number), name
+        except ValueError:
+            last = float("inf"), name
+        items = [item for item in items if place(item) > last]
+    if len(items) <= limit:
+        return items, None
+    last_number, last_name = place(items[limit - 1])
+    return items[:limit], page_token(listing, f"{last_number!r}/{last_name}")

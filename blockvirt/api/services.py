@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from blockvirt.api.idempotency import Idempotency
 from blockvirt.lun.presentation import Presentation
+from blockvirt.snapshots.catalogue import Snapshots
+from blockvirt.snapshots.changed_blocks import ChangedBlocks
+from blockvirt.snapshots.cloning import Cloning
+from blockvirt.snapshots.flatten import Flattening
+from blockvirt.snapshots.histories import Histories
+from blockvirt.snapshots.revert import Reverts
+from blockvirt.snapshots.schedules import Schedules
 from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.jobs import JobBoard
 from blockvirt.volumes.ports import DeviceAdmin, Endpoints, PoolSpace, SessionControl
 
 
@@ -19,6 +27,14 @@ class Services:
     space: PoolSpace
     devices: DeviceAdmin
     idempotency: Idempotency
+    snapshots: Snapshots
+    reverts: Reverts
+    cloning: Cloning
+    flattening: Flattening
+    changed_blocks: ChangedBlocks
+    histories: Histories
+    schedules: Schedules
+    jobs: JobBoard
     endpoints: Callable[[], Endpoints]
     """Where the daemon listens; asked on each request, because ports are known late."""
     not_ready: Callable[[], str]

@@ -4,6 +4,7 @@ from asyncio import sleep
 
 from blockvirt.api import models
 from blockvirt.api.operations import Call, Operations, Reply
+from blockvirt.api.wire import timestamp
 from blockvirt.errors import BlockvirtError, NotFound
 from blockvirt.volumes.ports import SessionInfo
 from blockvirt.volumes.views import READ_BATCH
@@ -41,7 +42,7 @@ def _answer(session: SessionInfo, volume: str) -> models.Session:
         volume=volume,
         peer=session.peer,
         mode=session.mode,
-        since=models.timestamp(session.since_s),
+        since=timestamp(session.since_s),
         bytes_read=session.bytes_read,
         bytes_written=session.bytes_written,
         requests=session.requests,

@@ -22,10 +22,11 @@ from blockvirt.meta.store import Reader
 from blockvirt.snapshots import transactions
 from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
 from blockvirt.snapshots.transactions import Wanted
-from blockvirt.snapshots.views import Page, Snapshot, freed_by, view, volume_snapshots, volume_tree
+from blockvirt.snapshots.views import Page, Snapshot, freed_by, new_view, parent_of, view, volume_snapshots, volume_tree
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine
+from blockvirt.volumes.gaps import MAX_EPOCH
 from blockvirt.volumes.requests import check_labels
 from blockvirt.volumes.transactions import locate
 
@@ -61,10 +62,16 @@ class Snapshots:
     # --- taking ----------------------------------------------------------------------------------------------------
 
     async def create(
-        self, names: Mapping[str, str], *, labels: Mapping[str, str] | None = None, schedule_id: str = ""
+        self,
+        names: Mapping[str, str],
+        *,
+        labels: Mapping[str, str] | None = None,
+        schedule_id: str = "",
+        also: transactions.Also | None = None,
     ) -> list[SnapshotRecord]:
         """Take one snapshot of each volume, all of one instant, or none. ``names``: volume (name or id) -> its name.
 
+        ``also`` runs in their transaction, with the new records; what it refuses undoes them.
         Raises InvalidName, NotFound, Exists, LimitReached, PoolFull (at the level 'stop'), VolumeStopped.
         """
         if not 0 < len(names) <= MAX_GROUP_VOLUMES:
@@ -89,6 +96,7 @@ class Snapshots:
             created_s=self._clock(),
             group_id=new_id() if len(by_id) > 1 else "",
             schedule_id=schedule_id,
+            also=also,
         )
         records = await self._whole(self._take(wanted), "take")
         for record in records:
@@ -136,9 +144,12 @@ class Snapshots:
     def _get(self, name_or_id: str) -> Snapshot:
         with self._store.read() as reader:
             record = find(reader, name_or_id)
-            volume = _volume(reader, record.volume_id)
-            parents = volume_tree(reader, volume, volume_snapshots(reader, volume.id)).parents
+            parents = {record.id: parent_of(reader, record.branch, record.epoch)}
             return view(reader, record, parents, self._chunk_bytes, self._readers.sessions_of(record.id))
+
+    def as_new(self, reader: Reader, records: Sequence[SnapshotRecord]) -> tuple[Snapshot, ...]:
+        """Return the views of snapshots that ``create`` returned, or has just handed to its ``also``."""
+        return tuple(new_view(reader, record, self._chunk_bytes) for record in records)
 
     async def list(self, volume: str | None = None, *, after: str = "", limit: int = 100) -> Page:
         """Return up to ``limit`` snapshots behind the key ``after``, of one volume (name or id) or of all.
@@ -176,7 +187,7 @@ class Snapshots:
         """Return the id of the snapshot that a volume's head went on from; empty: none. Raises NotFound."""
         with self._store.read() as reader:
             record = _volume(reader, locate(reader, volume)[0])
-            return volume_tree(reader, record, volume_snapshots(reader, record.id)).head_parent
+            return parent_of(reader, record.branch, MAX_EPOCH)
 
     # --- holding and deleting --------------------------------------------------------------------------------------
 

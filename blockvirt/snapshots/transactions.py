@@ -1,6 +1,6 @@
 """What the snapshots' metadata transactions do: each function runs inside one, in the store's writer thread."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from blockvirt.errors import BlockvirtError, Exists, InUse, LimitReached, NotFound, PreconditionFailed
@@ -21,6 +21,9 @@ from blockvirt.volumes.deletion import remove_snapshot
 from blockvirt.volumes.reclaim import queue_reclaim
 from blockvirt.volumes.transactions import new_branch, pool_record
 
+Also = Callable[[Writer, Sequence[SnapshotRecord]], None]
+"""Joins the transaction that stores new snapshots, before they are stored; a BlockvirtError from it undoes them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -32,6 +35,7 @@ class Wanted:
     created_s: float
     group_id: str = ""
     schedule_id: str = ""
+    also: Also | None = None
 
 
 def insert(writer: Writer, wanted: Wanted, changes: Sequence[MapChange]) -> list[SnapshotRecord] | BlockvirtError:
@@ -61,6 +65,11 @@ def insert(writer: Writer, wanted: Wanted, changes: Sequence[MapChange]) -> list
                 schedule_id=wanted.schedule_id,
             )
         )
+    if wanted.also is not None:
+        try:
+            wanted.also(writer, records)
+        except BlockvirtError as refusal:
+            return refusal
     for record in records:
         put_new(writer, record)
     return records

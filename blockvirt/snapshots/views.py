@@ -90,6 +90,48 @@ def view(
     )
 
 
+def new_view(reader: Reader, record: SnapshotRecord, chunk_bytes: int) -> Snapshot:
+    """Return the view of a snapshot as it is when it is taken: nothing but the head has gone on from it."""
+    volume = reader.record(VolumeRecord, Table.VOLUMES, record.volume_id.encode())
+    return Snapshot(
+        id=record.id,
+        volume_id=record.volume_id,
+        volume=volume.name if volume is not None else record.volume_id,
+        name=record.name,
+        created_s=record.created_s,
+        size_bytes=record.size_bytes,
+        mapped_bytes=min(record.mapped_chunks * chunk_bytes, record.size_bytes),
+        exclusive_bytes=0,
+        revision=record.revision,
+        parent_id=parent_of(reader, record.branch, record.epoch),
+        labels=record.labels,
+        group_id=record.group_id,
+        schedule_id=record.schedule_id,
+    )
+
+
+def parent_of(reader: Reader, branch: int, epoch: int) -> str:
+    """Return the id of the snapshot, of the branch's volume, that a point at ``epoch`` went on from; empty: none.
+
+    What ``lineage.tree`` says for one point, without a look at all snapshots.
+    """
+    volume_id = None
+    while (record := reader.record(BranchRecord, Table.BRANCHES, number_key(branch))) is not None:
+        if volume_id not in (None, record.volume_id):
+            break  # a clone's origin is no part of its own history
+        volume_id = record.volume_id
+        key = pair_key(branch, epoch)
+        while (found := reader.floor(Table.POINTS, key, prefix=number_key(branch))) is not None:
+            who = split_point(found[0])[2]
+            if isinstance(who, str):
+                return who
+            key = found[0][:16]  # a child: at its epoch only children sort before it
+        if not record.origin_branch:
+            break
+        branch, epoch = record.origin_branch, record.origin_epoch + 1
+    return ""
+
+
 def clones_of(reader: Reader, record: SnapshotRecord) -> tuple[str, ...]:
     """Return the volumes, other than its own, whose branches come from a snapshot."""
     names = set()

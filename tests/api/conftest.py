@@ -14,8 +14,10 @@ from blockvirt.api.idempotency import Idempotency
 from blockvirt.api.server import ApiServer
 from blockvirt.lun.presentation import Presentation
 from blockvirt.meta.store import Store
+from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.ports import Endpoints
+from tests.api.engines import snapshot_services, unstarted_engine
 from tests.control.ports import Clock, Devices, OpenVolumes, Sessions, Space, new_store
 
 
@@ -69,19 +71,22 @@ class Api:
 async def serve_api(tmp_path: Path) -> AsyncIterator[Api]:
     """Serve an API over an empty pool of 100 GiB, its unix socket in ``tmp_path``."""
     store = new_store(tmp_path / "meta")
+    engine = unstarted_engine(store)
     sessions = Sessions()
     open_volumes = OpenVolumes(sessions)
     space = Space(store)
     clock = Clock()
+    catalogue = Catalogue(store, open_volumes, space, clock=clock)
     not_ready: list[str] = []
     path = tmp_path / "http.sock"
     services = Services(
-        catalogue=Catalogue(store, open_volumes, space, clock=clock),
+        catalogue=catalogue,
         presentation=Presentation(store, sessions, clock=clock),
         sessions=sessions,
         space=space,
         devices=Devices(store, space),
         idempotency=Idempotency(store, clock=clock),
+        **snapshot_services(engine, catalogue, SnapshotReaders(engine.context), clock),
         endpoints=lambda: Endpoints(
             str(tmp_path), str(path), str(tmp_path / "nbd.sock"), nbd_host="127.0.0.1", nbd_port=10809
         ),
@@ -96,6 +101,8 @@ async def serve_api(tmp_path: Path) -> AsyncIterator[Api]:
     ):
         yield Api(store, sessions, open_volumes, space, clock, services, server, path, not_ready, unix, tcp)
     await server.stop()
+    await engine.registry.close()
+    engine.context.threads.close()
     store.close()
 
 

@@ -28,7 +28,7 @@ async def test_a_size_alone_is_enough(api: Api) -> None:
     ]
     assert made.headers["Location"] == f"/v1/volumes/{volume['id']}"
     shown = await api.call("GET", made.headers["Location"])
-    assert shown.json == volume | {"located": []}
+    assert shown.json == volume | {"located": [], "exclusive_bytes": 0, "snapshot_bytes": 0}
     assert shown.headers["ETag"] == made.headers["ETag"] == '"1"'
 
 

@@ -1,0 +1,103 @@
+"""What a volume's history adds to its view: snapshots, the origin of a clone, and the bytes that both hold."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from blockvirt.errors import BlockvirtError, DamagedRecord
+from blockvirt.meta.keys import Table, number_key, pair_key, split_point
+from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
+from blockvirt.meta.store import Reader
+from blockvirt.snapshots.freed import freed_with_snapshots, freed_with_volume
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.versions import branch_record
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Where a volume comes from and what it keeps."""
+
+    snapshots: int = 0
+    origin: str = ""
+    """'VOLUME@SNAPSHOT' that it was cloned from and still needs; empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Bytes that come back when something of a volume goes, exact as of its last checkpoint."""
+
+    exclusive_bytes: int
+    """When it goes for good, with its snapshots."""
+    snapshot_bytes: int
+    """When all of its snapshots go, and it stays."""
+
+
+class Histories:
+    """Reads the histories of volumes, in threads. One per process; call it on the event loop."""
+
+    def __init__(self, context: VolumeContext) -> None:
+        self._context = context
+
+    async def of(self, volume_ids: Sequence[str]) -> Mapping[str, History]:
+        """Return the history of each volume; one that is damaged or gone has none."""
+        return await self._context.threads.run(partial(self._read, volume_ids))
+
+    def _read(self, volume_ids: Sequence[str]) -> Mapping[str, History]:
+        found = {}
+        with self._context.store.read() as reader:
+            for volume_id in volume_ids:
+                snapshots = sum(1 for _ in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode()))
+                try:
+                    found[volume_id] = History(snapshots, origin_name(reader, volume_id))
+                except BlockvirtError:  # what is damaged is said where its volume is shown
+                    found[volume_id] = History(snapshots)
+        return found
+
+    async def holdings(self, volume_id: str) -> Holdings | None:
+        """Return what a volume holds, in the trash or not; None where its metadata is damaged.
+
+        Cost: what changed between the points of its branches, not its size.
+        """
+        return await self._context.threads.run(partial(self._holdings, volume_id))
+
+    def _holdings(self, volume_id: str) -> Holdings | None:
+        shift = self._context.chunk_shift
+        with self._context.store.read() as reader:
+            try:
+                exclusive, snapshots = freed_with_volume(reader, volume_id), freed_with_snapshots(reader, volume_id)
+            except DamagedRecord:
+                return None
+        return Holdings(exclusive << shift, snapshots << shift)
+
+
+def origin_name(reader: Reader, volume_id: str) -> str:
+    """Return the 'VOLUME@SNAPSHOT' that a volume was cloned from; raises DamagedRecord.
+
+    Empty: it is no clone, was flattened, or the snapshot was deleted.
+    """
+    snapshot = origin_of(reader, volume_id)
+    if snapshot is None:
+        return ""
+    volume = reader.record(VolumeRecord, Table.VOLUMES, snapshot.volume_id.encode())
+    return f"{volume.name if volume is not None else snapshot.volume_id}@{snapshot.name}"
+
+
+def origin_of(reader: Reader, volume_id: str) -> SnapshotRecord | None:
+    """Return the snapshot of another volume that a volume's head comes from; None as above. Raises DamagedRecord."""
+    record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+    if record is None:
+        return None
+    branch = branch_record(reader, record.branch)
+    while branch.origin_branch:
+        epoch = branch.origin_epoch
+        origin = reader.record(BranchRecord, Table.BRANCHES, number_key(branch.origin_branch))
+        if origin is None or origin.volume_id != volume_id:
+            return _snapshot_at(reader, branch.origin_branch, epoch)
+        branch = origin  # of an earlier head: it was reverted
+    return None
+
+
+def _snapshot_at(reader: Reader, branch: int, epoch: int) -> SnapshotRecord | None:
+    for key, _ in reader.scan(Table.POINTS, prefix=pair_key(branch, epoch) + b"s"):
+        return reader.record(SnapshotRecord, Table.SNAPSHOTS, str(split_point(key)[2]).encode())
+    return None
