@@ -1,77 +1,57 @@
 """The proof of the metadata: silent over a sound pool, and it names each thing that is planted."""
 
 import random
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import DamagedRecord
 from blockvirt.meta.findings import Severity
 from blockvirt.meta.keys import (
-    POOL_KEY,
     Table,
     born_key,
+    child_point_key,
     leaf_key,
     number_key,
     pair_key,
+    snapshot_name_key,
     unit_key,
+    volume_branch_key,
     volume_unit_key,
 )
-from blockvirt.meta.records import (
-    BranchRecord,
-    DeviceRecord,
-    FileRecord,
-    HostRecord,
-    IdempotencyRecord,
-    PoolRecord,
-    UnitRecord,
-    VolumeRecord,
-    encode,
-    seal,
-)
-from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.records import DeviceRecord, encode, seal
+from blockvirt.meta.store import Store
 from blockvirt.meta.verify import verify_pages, verify_records
+from blockvirt.meta.verify_catalogue import JOB_STATES
+from blockvirt.volumes.job_states import State
+from tests.meta.verify_pool import (
+    CHILD,
+    CLONED,
+    DYING,
+    LEAF,
+    LEFT,
+    POINT,
+    POOL,
+    PUNCH,
+    TRASHED,
+    UNIT,
+    Change,
+    branch,
+    counters,
+    decode_leaf,
+    drops,
+    file,
+    fill,
+    job,
+    puts,
+    schedule,
+    snapshot,
+    volume,
+)
 
-VOLUME = VolumeRecord("v1", "web", 1 << 30, 1, 1.0)
-GOING = VolumeRecord("v2", "web", 1 << 30, 2, 1.0, deleting=True)  # its name was given to another volume already
-BRANCH = BranchRecord(1, "v1", 5)
-FILE = FileRecord(1, 1, "d1", used_chunks=10, live_chunks=4)
-HOST = HostRecord("h1", "web1", 1.0)
-UNIT = UnitRecord("u1", "h1", 0, "v1", 1.0)
-POOL = PoolRecord("p", 1, 65536, 1.0, epoch=6, next_branch=3, next_file=3)
-LEAF = leaf_key(1, 7, 4)
-PUNCH = pair_key(1, 3)
-CHECKED = (Table.POOL, Table.DEVICES, Table.VOLUMES, Table.BRANCHES, Table.FILES, Table.HOSTS, Table.UNITS)
-
-
-def decode_leaf(payload: bytes) -> None:
-    """Stands for the map's decoder."""
-    if payload != b"leaf":
-        raise DamagedRecord("no leaf")
-
-
-def fill(writer: Writer) -> None:
-    """A small sound pool, one volume of which is being deleted."""
-    writer.put_record(Table.POOL, POOL_KEY, POOL)
-    writer.put_record(Table.DEVICES, b"d1", DeviceRecord("d1", "disk1", "/d", 1.0))
-    for volume, branch in ((VOLUME, BRANCH), (GOING, BranchRecord(2, "v2", 6))):
-        writer.put_record(Table.VOLUMES, volume.id.encode(), volume)
-        writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
-        file = replace(FILE, number=branch.number, branch=branch.number)
-        writer.put_record(Table.FILES, number_key(file.number), file)
-        writer.put(Table.BRANCH_FILES, pair_key(file.branch, file.number), b"")
-    writer.put(Table.VOLUME_NAMES, b"web", b"v1")
-    writer.put(Table.LEAVES, LEAF, seal(LEAF, b"leaf"))
-    writer.put(Table.BORN, born_key(1, 4, 7), b"")
-    writer.put(Table.BORN, born_key(2, 4, 7), b"")  # the leaf of the deleted volume is gone already
-    writer.put(Table.PUNCH, PUNCH, seal(PUNCH, (2).to_bytes(8, "little")))
-    writer.put_record(Table.HOSTS, b"h1", HOST)
-    writer.put(Table.HOST_NAMES, b"web1", b"h1")
-    writer.put_record(Table.UNITS, unit_key("h1", 0), UNIT)
-    writer.put(Table.VOLUME_UNITS, volume_unit_key("v1", "h1", 0), b"")
-    writer.put_record(Table.IDEMPOTENCY, b"k", IdempotencyRecord("k", "00", 201, "{}", "/", 1.0))
+CHECKED = (
+    *(Table.POOL, Table.DEVICES, Table.VOLUMES, Table.BRANCHES, Table.FILES, Table.HOSTS, Table.UNITS),
+    *(Table.SNAPSHOTS, Table.SCHEDULES, Table.JOBS),
+)
 
 
 def found(store: Store) -> list[tuple[str, str, Severity]]:
@@ -96,61 +76,47 @@ def test_an_empty_store_lacks_its_pool(store: Store) -> None:
     assert found(store) == [("missing-record", "pool", Severity.CORRUPT)]
 
 
-def puts(table: Table, key: bytes, value: bytes) -> Callable[[Writer], None]:
-    """A change that stores one row."""
-    return lambda writer: writer.put(table, key, value)
-
-
-def drops(table: Table, key: bytes) -> Callable[[Writer], None]:
-    """A change that removes one row."""
-
-    def change(writer: Writer) -> None:
-        assert writer.delete(table, key)
-
-    return change
-
-
-def branch(**changes: int | str) -> Callable[[Writer], None]:
-    """A change of the volume's branch."""
-    return puts(Table.BRANCHES, number_key(1), encode(number_key(1), replace(BRANCH, **changes)))  # type: ignore[arg-type]
-
-
-def file(**changes: int | str) -> Callable[[Writer], None]:
-    """A change of its file."""
-    return puts(Table.FILES, number_key(1), encode(number_key(1), replace(FILE, **changes)))  # type: ignore[arg-type]
-
-
-def counters(**changes: int) -> Callable[[Writer], None]:
-    """A change of the pool record."""
-    return puts(Table.POOL, POOL_KEY, encode(POOL_KEY, replace(POOL, **changes)))  # type: ignore[arg-type]
-
-
-def volume(**changes: int | str) -> Callable[[Writer], None]:
-    """A change of the volume's record."""
-    return puts(Table.VOLUMES, b"v1", encode(b"v1", replace(VOLUME, **changes)))  # type: ignore[arg-type]
-
-
 OTHER_LEAF, BAD_LEAF = leaf_key(9, 7, 4), leaf_key(1, 8, 6)
 OTHER_PUNCH = pair_key(9, 3)
+BORN_LOST = ("born-index", "leaf 7 of branch 6, born in epoch 4")
+LEAF_EARLY = ("counter", "leaf 7 of branch 1, born in epoch 4")
+NINTH = "point at epoch 4 of branch 9"
 PLANTED = [
     (counters(chunk_bytes=65537), {("bad-value", "pool")}),
-    (counters(epoch=4), {("counter", "branch 1"), ("counter", "branch 2")}),
-    (counters(next_branch=2), {("counter", "branch 2")}),
-    (counters(next_file=2), {("counter", "file 2")}),
+    (counters(epoch=5), {("counter", "branch 2"), ("counter", "branch 3"), ("counter", "branch 4")}),
+    (counters(next_branch=6), {("counter", "branch 6")}),
+    (counters(next_file=6), {("counter", "file 6")}),
     (puts(Table.POOL, b"other", encode(b"other", POOL)), {("unknown-row", "pool other")}),
     (
         puts(Table.DEVICES, b"d2", encode(b"d2", DeviceRecord("d1", "disk1", "/d", 1.0))),
         {("wrong-key", "device disk1"), ("double-name", "device disk1")},
     ),
-    (drops(Table.DEVICES, b"d1"), {("wrong-link", "file 1"), ("wrong-link", "file 2")}),
-    (branch(volume_id="v9"), {("orphan-branch", "branch 1"), ("wrong-link", "volume web")}),
-    (branch(origin_branch=8, origin_epoch=2), {("missing-origin", "branch 1")}),
+    (drops(Table.DEVICES, b"d1"), {("wrong-link", f"file {number}") for number in range(1, 7)}),
+    (
+        branch(volume_id="v9"),
+        {
+            ("branch-index", "branch 1"),
+            ("branch-index", "index of branches, v1/0000000000000001"),
+            ("wrong-link", "branch 1"),
+            ("wrong-link", "volume web"),
+            ("wrong-link", "snapshot web@monday"),
+        },
+    ),
+    (branch(origin_branch=8), {("missing-origin", "branch 1")}),
     (branch(number=7), {("wrong-key", "branch 7")}),
-    (branch(head_epoch=3), {("counter", "leaf 7 of branch 1, born in epoch 4")}),
+    (
+        branch(head_epoch=3),
+        {("counter", "leaf 7 of branch 1, born in epoch 4"), ("counter", "snapshot web@monday")},
+    ),
     (
         drops(Table.BRANCHES, number_key(1)),
         {
             ("missing-record", "volume web"),
+            ("branch-index", "index of branches, v1/0000000000000001"),
+            ("missing-origin", "branch 4"),
+            ("wrong-link", "snapshot web@monday"),
+            ("wrong-link", "point at epoch 4 of branch 1"),
+            ("orphan-seal", "seals of branch 1, epoch 4"),
             ("orphan-file", "file 1"),
             ("orphan-leaf", "leaf 7 of branch 1, born in epoch 4"),
         },
@@ -163,8 +129,10 @@ PLANTED = [
     (
         drops(Table.VOLUMES, b"v1"),
         {
-            ("orphan-branch", "branch 1"),
             ("name-index", "volume name web"),
+            ("wrong-link", "branch 1"),
+            ("wrong-link", "snapshot v1@monday"),
+            ("wrong-link", "snapshot v1@sunday"),
             ("wrong-link", "logical unit h1/00000000"),
         },
     ),
@@ -204,8 +172,93 @@ PLANTED = [
         puts(Table.UNITS, unit_key("h1", 1), encode(unit_key("h1", 1), UNIT)),
         {("wrong-key", "logical unit h1/00000001")},
     ),
+    # Branches: who lists them, who keeps them, where they come from.
+    (drops(Table.VOLUME_BRANCHES, volume_branch_key("v1", 1)), {("branch-index", "branch 1")}),
+    (
+        puts(Table.VOLUME_BRANCHES, volume_branch_key("v1", 9), b""),
+        {("branch-index", "index of branches, v1/0000000000000009")},
+    ),
+    (puts(Table.VOLUME_BRANCHES, b"v1/x", b""), {("unknown-row", "index of branches, v1/x")}),
+    (branch(head_epoch=0), {("missing-head", "volume web")}),
+    (branch(LEFT, head_epoch=6), {("two-heads", "branch 5")}),
+    (drops(Table.RECLAIM, pair_key(6, 4)), {("orphan-branch", "branch 6")}),
+    (branch(DYING, head_epoch=6), {("wrong-link", "branch 6"), BORN_LOST}),
+    (branch(first_epoch=6), {("counter", "branch 1"), LEAF_EARLY, ("counter", "snapshot web@monday")}),
+    (branch(mapped_chunks=1, inherited_chunks=2), {("bad-value", "branch 1")}),
+    (branch(CLONED, first_epoch=4), {("counter", "branch 4")}),
+    (branch(CLONED, origin_branch=4), {("wrong-link", "branch 4"), ("point-index", "point at epoch 4 of branch 1")}),
+    (branch(CLONED, pins=()), {("point-index", "point at epoch 3 of branch 2")}),
+    (branch(CLONED, pins=((2, 3), (9, 3))), {("missing-origin", "branch 4")}),
+    (drops(Table.POINTS, CHILD), {("point-index", "branch 4")}),
+    (drops(Table.POINTS, child_point_key(2, 3, 4)), {("point-index", "branch 4")}),
+    (puts(Table.POINTS, child_point_key(1, 4, 9), b""), {("point-index", "point at epoch 4 of branch 1")}),
+    (puts(Table.POINTS, child_point_key(9, 4, 4), b""), {(code, NINTH) for code in ("wrong-link", "point-index")}),
+    # Snapshots: who finds them, who keeps them.
+    (
+        drops(Table.SNAPSHOTS, b"s1"),
+        {("name-index", "snapshot name web@monday"), ("point-index", "point at epoch 4 of branch 1")},
+    ),
+    (drops(Table.SNAPSHOT_NAMES, snapshot_name_key("v1", "monday")), {("name-index", "snapshot web@monday")}),
+    (
+        puts(Table.SNAPSHOT_NAMES, snapshot_name_key("v1", "friday"), b"s1"),
+        {("name-index", "snapshot name web@friday")},
+    ),
+    (drops(Table.POINTS, POINT), {("point-index", "snapshot web@monday")}),
+    (
+        snapshot(epoch=3),
+        {("point-index", "snapshot web@monday"), ("point-index", "point at epoch 4 of branch 1")},
+    ),
+    (
+        snapshot(branch=4, epoch=5),
+        {
+            ("wrong-link", "snapshot web@monday"),
+            ("point-index", "snapshot web@monday"),
+            ("point-index", "point at epoch 4 of branch 1"),
+        },
+    ),
+    (snapshot(id="s9"), {("wrong-key", "snapshot web@monday")}),
+    (snapshot(size_bytes=0), {("bad-value", "snapshot web@monday")}),
+    (snapshot(mapped_chunks=-1), {("bad-value", "snapshot web@monday")}),
+    (snapshot(holds=("a", "a")), {("bad-value", "snapshot web@monday")}),
+    (snapshot(labels={"a": "x" * 300}), {("bad-value", "snapshot web@monday")}),
+    (
+        snapshot(name="a/b"),
+        {
+            ("name-index", "snapshot web@a/b"),
+            ("bad-value", "snapshot web@a/b"),
+            ("name-index", "snapshot name web@monday"),
+        },
+    ),
+    (puts(Table.RECLAIM, pair_key(9, 4), b""), {("orphan-reclaim", "reclaim of branch 9, epoch 4")}),
+    (puts(Table.SEALS, pair_key(9, 4), b""), {("orphan-seal", "seals of branch 9, epoch 4")}),
+    # The trash, schedules and jobs.
+    (drops(Table.TRASH, b"v3"), {("trash-index", "volume web")}),
+    (puts(Table.TRASH, b"v1", b""), {("trash-index", "volume web")}),
+    (puts(Table.TRASH, b"v2", b""), {("trash-index", "volume web")}),
+    (puts(Table.TRASH, b"v9", b""), {("trash-index", "trash v9")}),
+    (volume(TRASHED, purge_at_s=0.0), {("bad-value", "volume web")}),
+    (puts(Table.VOLUME_NAMES, b"thrown", b"v3"), {("name-index", "volume name thrown")}),
+    (
+        volume(trashed_s=2.0, purge_at_s=3.0),
+        {
+            ("trash-index", "volume web"),
+            ("name-index", "volume name web"),
+            ("wrong-link", "logical unit h1/00000000"),
+        },
+    ),
+    (drops(Table.JOBS, b"j1"), {("orphan-deletion", "volume web")}),
+    (job(state="done"), {("orphan-deletion", "volume web")}),
+    (job(state="lost"), {("bad-value", "job j1 (purge of web)")}),
+    (job(id="j2"), {("wrong-key", "job j2 (purge of web)")}),
+    (drops(Table.SCHEDULES, b"c1"), {("name-index", "schedule name daily")}),
+    (drops(Table.SCHEDULE_NAMES, b"daily"), {("name-index", "schedule daily")}),
+    (schedule(labels={"tier": "gold"}), {("bad-value", "schedule daily")}),
+    (schedule(id="c2"), {("wrong-key", "schedule daily")}),
     (puts(Table.LEAVES, b"short", b"x"), {("unknown-row", "leaf short")}),
     (puts(Table.BORN, b"short", b"x"), {("unknown-row", "index of births, short")}),
+    (puts(Table.POINTS, b"short", b""), {("unknown-row", "point short")}),
+    (puts(Table.SEALS, b"short", b""), {("unknown-row", "seals short")}),
+    (puts(Table.RECLAIM, b"short", b""), {("unknown-row", "reclaim short")}),
     (puts(Table.PUNCH, b"short", b"x"), {("unknown-row", "punch short")}),
     (puts(Table.BRANCH_FILES, b"short", b"x"), {("unknown-row", "index of files, short")}),
     (puts(Table.IDEMPOTENCY, b"k", b"xxxxxx"), {("damaged-record", "idempotency k")}),
@@ -216,9 +269,7 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("change", "expected"), PLANTED)
-def test_what_is_planted_is_found(
-    pool: Store, change: Callable[[Writer], None], expected: set[tuple[str, str]]
-) -> None:
+def test_what_is_planted_is_found(pool: Store, change: Change, expected: set[tuple[str, str]]) -> None:
     pool.commit_now(change)
     results = found(pool)
     assert {(code, what) for code, what, _ in results} == expected
@@ -253,3 +304,7 @@ def test_damaged_pages_are_found_without_mapping_them(pool: Store, tmp_path: Pat
     assert [finding.message for finding in verify_pages(tmp_path / "gone")] == [
         "it cannot be read: No such file or directory"
     ]
+
+
+def test_the_states_of_a_job_are_those_of_the_board() -> None:
+    assert frozenset(State) == JOB_STATES
