@@ -1,12 +1,16 @@
 """Prometheus metrics: one collector over plain integers that the rooms count anyway.
 
-``take`` runs on the event loop and only copies numbers; making text of them happens in a thread. Series by volume exist
-for open volumes only, latency histograms by command only, so that a scrape stays small at 10,000 volumes.
+``take`` runs on the event loop and only copies numbers; reading what is kept in the metadata, and making text of all,
+happens in a thread. Series by volume exist for open volumes only, latency histograms by command only, so that a scrape
+stays small at 10,000 volumes.
 """
 
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -22,14 +26,18 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from blockvirt import __version__
-from blockvirt.errors import MetadataFault
+from blockvirt.errors import BlockvirtError, DamagedRecord, MetadataFault
+from blockvirt.meta.keys import Table
 from blockvirt.meta.store import StoreStats
 from blockvirt.nbd.constants import COMMAND_NAMES
 from blockvirt.nbd.stats import LATENCY_BOUNDS_S, ServerStats, Traffic
+from blockvirt.snapshots.space_figures import SpaceFigures, SpaceOfVolumes, newest_snapshot_s, trashed_chunks
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.ports import PoolStatus
 from blockvirt.volumes.stats import VolumeStats
+
+log = logging.getLogger("blockvirt.metrics")
 
 LEVELS = ("ok", "near", "brake", "stop")
 NO_EXPORT = ""
@@ -47,6 +55,7 @@ class NbdCounters(Protocol):
 class VolumeFigures:
     """One open volume at one moment."""
 
+    id: str
     name: str
     size_bytes: int
     mapped_bytes: int
@@ -65,17 +74,39 @@ class Figures:
     open_volumes: tuple[VolumeFigures, ...]
     nbd: ServerStats
     store: StoreStats
+    jobs: Mapping[tuple[str, str], int]
+    """By (kind, state)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFigures:
+    """What is read from the metadata in a thread. Volumes by their ids; one whose metadata is damaged is missing."""
+
+    trash_volumes: int = 0
+    trash_chunks: int = 0
+    space: Mapping[str, SpaceFigures] = field(default_factory=dict)
+    newest_snapshot_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Metrics:
     """Takes figures on the event loop and gives back what makes text of them."""
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, server: NbdCounters) -> None:
-        """Read from a running pool and the server in front of it."""
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        server: NbdCounters,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Read from a running pool and the server in front of it. ``clock`` measures what figures cost."""
         self._engine = engine
         self._catalogue = catalogue
         self._server = server
+        self._space = SpaceOfVolumes(engine.store, clock=clock)
+        self._chunk_bytes = 1 << engine.context.chunk_shift
         self._last: Figures | None = None
+        self._last_stored = StoredFigures()
 
     def take(self) -> Callable[[], bytes]:
         """Copy the numbers as they are now; call the result in a thread.
@@ -91,6 +122,7 @@ class Metrics:
                 open_volumes=open_volumes,
                 nbd=nbd,
                 store=self._engine.store.stats(),
+                jobs=self._engine.jobs.counts(),
             )
         except MetadataFault:
             if self._last is None:
@@ -98,13 +130,32 @@ class Metrics:
             store = replace(self._last.store, failed=True)
             figures = replace(self._last, open_volumes=open_volumes, nbd=nbd, store=store)
         self._last = figures
-        return lambda: render(figures)
+        return partial(self._text, figures)
+
+    def _text(self, figures: Figures) -> bytes:
+        try:
+            self._last_stored = self._stored(figures)
+        except BlockvirtError as error:
+            log.error("the metadata's figures are shown as they were: %s", error)
+        return render(figures, self._last_stored, self._chunk_bytes)
+
+    def _stored(self, figures: Figures) -> StoredFigures:
+        space = self._space.figures({volume.id: volume.stats.checkpoints for volume in figures.open_volumes})
+        newest_s: dict[str, float] = {}
+        with self._engine.store.read() as reader:
+            for volume in figures.open_volumes:
+                try:
+                    newest_s[volume.id] = newest_snapshot_s(reader, volume.id)
+                except DamagedRecord as error:
+                    log.error("when volume %s was snapshotted cannot be told: %s", volume.name, error)
+            return StoredFigures(*trashed_chunks(reader), space, newest_s)
 
     def _open_volumes(self) -> Iterator[VolumeFigures]:
         for opened in self._engine.registry.opened():
             volume = opened.volume
             mapped_bytes = volume.tail.mapped_chunks * volume.chunk_bytes
             yield VolumeFigures(
+                id=volume.record.id,
                 name=volume.record.name,
                 size_bytes=volume.size_bytes,
                 mapped_bytes=min(mapped_bytes, volume.size_bytes),
@@ -114,22 +165,26 @@ class Metrics:
             )
 
 
-def render(figures: Figures) -> bytes:
+def render(figures: Figures, stored: StoredFigures, chunk_bytes: int) -> bytes:
     """Return the figures in the text format of Prometheus."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Figures(figures))
+    registry.register(_Figures(figures, stored, chunk_bytes))
     return generate_latest(registry)
 
 
 class _Figures(Collector):
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: Figures, stored: StoredFigures, chunk_bytes: int) -> None:
         self._figures = figures
+        self._stored = stored
+        self._chunk_bytes = chunk_bytes
 
     def collect(self) -> Iterator[Metric]:
         """Yield all families."""
         yield InfoMetricFamily("blockvirt_build", "The version that runs.", value={"version": __version__})
         yield from _pool(self._figures)
         yield from _volumes(self._figures.open_volumes)
+        yield from _snapshots(self._figures, self._stored, self._chunk_bytes)
+        yield from _background(self._figures)
         yield from _nbd(self._figures.nbd)
         yield from _store(self._figures.store)
 
@@ -191,6 +246,40 @@ def _volumes(volumes: tuple[VolumeFigures, ...]) -> Iterator[Metric]:
         for volume in volumes:
             counter.add_metric([volume.name], getattr(volume.stats, name))
         yield counter
+
+
+def _snapshots(figures: Figures, stored: StoredFigures, chunk_bytes: int) -> Iterator[Metric]:
+    space = stored.space
+    exclusive = {volume_id: each.exclusive_chunks * chunk_bytes for volume_id, each in space.items()}
+    in_snapshots = {volume_id: each.snapshot_chunks * chunk_bytes for volume_id, each in space.items()}
+    for name, values, meaning in (
+        ("exclusive_bytes", exclusive, "What purging an open volume with its snapshots would free."),
+        ("snapshot_bytes", in_snapshots, "What deleting all snapshots of an open volume would free."),
+        ("last_snapshot_timestamp_seconds", stored.newest_snapshot_s, "When it was last snapshotted; 0: never."),
+    ):
+        gauge = GaugeMetricFamily(f"blockvirt_volume_{name}", meaning, labels=["volume"])
+        for volume in figures.open_volumes:
+            if volume.id in values:
+                gauge.add_metric([volume.name], values[volume.id])
+        yield gauge
+    rows = figures.store.entries[Table.SNAPSHOTS.value.decode()]
+    yield GaugeMetricFamily("blockvirt_snapshots", "Snapshots of all volumes.", rows)
+    yield GaugeMetricFamily("blockvirt_trash_volumes", "Volumes in the trash.", stored.trash_volumes)
+    held_bytes = stored.trash_chunks * chunk_bytes
+    yield GaugeMetricFamily("blockvirt_trash_bytes", "What they hold, with their snapshots.", held_bytes)
+
+
+def _background(figures: Figures) -> Iterator[Metric]:
+    jobs = GaugeMetricFamily("blockvirt_jobs", "Jobs, those that ended lately included.", labels=["kind", "state"])
+    for (kind, state), count in figures.jobs.items():
+        jobs.add_metric([kind, state], count)
+    yield jobs
+    for name, table, meaning in (
+        ("reclaim", Table.RECLAIM, "Points that went and whose space is not freed yet."),
+        ("punch", Table.PUNCH, "Runs of freed chunks that the filesystem has not got back yet."),
+    ):
+        rows = figures.store.entries[table.value.decode()]
+        yield GaugeMetricFamily(f"blockvirt_{name}_backlog_rows", meaning, rows)
 
 
 def _nbd(nbd: ServerStats) -> Iterator[Metric]:

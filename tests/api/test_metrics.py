@@ -1,5 +1,6 @@
 """Metrics over a real pool and a real NBD server's counters."""
 
+import asyncio
 import errno
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from blockvirt.errors import MetadataFault
+from blockvirt.meta.keys import Table, pair_key
 from blockvirt.meta.store import Store
 from blockvirt.metrics import Metrics
 from blockvirt.nbd.constants import COMMAND_NAMES
 from blockvirt.nbd.stats import ServerStats, Traffic
-from blockvirt.units import MIB
+from blockvirt.snapshots.catalogue import Snapshots
+from blockvirt.snapshots.readers import SnapshotReaders
+from blockvirt.units import KIB, MIB
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
 from blockvirt.volumes.requests import NewVolume
@@ -37,6 +41,11 @@ def parse(text: bytes) -> Samples:
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
+
+
+async def shown(metrics: Metrics) -> Samples:
+    """A scrape as the API makes one: the text in a thread."""
+    return parse(await asyncio.to_thread(metrics.take()))
 
 
 async def test_what_a_pool_in_use_shows(tmp_path: Path) -> None:
@@ -68,6 +77,68 @@ async def test_what_a_pool_in_use_shows(tmp_path: Path) -> None:
     assert 0 < samples["blockvirt_volume_journal_fill_ratio", in_volume] < 1
     assert 0 < samples["blockvirt_lmdb_map_used_ratio", ()] < 1
     assert not [key for key in samples if ("volume", "closed") in key[1]], "series by volume are for open ones"
+
+
+async def test_what_snapshots_hold(tmp_path: Path) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=3600.0)
+        snapshots = Snapshots(engine, SnapshotReaders(engine.context), clock=lambda: 1_700_000_000.5)
+        metrics = Metrics(engine, catalogue, Counters(), clock=lambda: 0.0)
+        volume = (await catalogue.create(NewVolume(64 * MIB, name="v"))).volume
+        handle = await engine.registry.open(volume.id, "s1")
+        await handle.write(0, memoryview(b"x" * MIB))
+        await snapshots.create({"v": "one"})
+        at_snapshot = await shown(metrics)
+        await handle.write(0, memoryview(b"y" * (256 * KIB)))
+        (opened,) = engine.registry.opened()
+        await opened.checkpointer.run()
+        at_checkpoint = await shown(metrics)
+        await snapshots.delete(["v@one"])
+        assert all([(await engine.jobs.finished(job.id)).state == "done" for job in engine.jobs.list()])
+        after_reclaim = await shown(metrics)
+        origin = (await snapshots.create({"v": "two"}))[0]
+        await catalogue.create(NewVolume(64 * MIB, name="clone"), origin=origin)
+        await handle.write(MIB, memoryview(b"z" * (64 * KIB)))
+        await opened.checkpointer.run()
+        cloned = await shown(metrics)
+        await handle.close()
+        await catalogue.delete("v")
+        trashed = await shown(metrics)
+    finally:
+        await engine.close()
+    in_volume = (("volume", "v"),)
+    names = [f"blockvirt_volume_{name}" for name in ("exclusive_bytes", "snapshot_bytes")]
+
+    def space(samples: Samples) -> list[float]:
+        return [samples[name, in_volume] / KIB for name in names]
+
+    assert space(at_snapshot) == [1024, 0]
+    assert space(at_checkpoint) == [1024 + 256, 256]
+    assert space(after_reclaim) == [1024, 0]
+    assert space(cloned) == [64, 0], "what a clone sees does not come back"
+    newest = "blockvirt_volume_last_snapshot_timestamp_seconds"
+    assert at_snapshot[newest, in_volume] == 1_700_000_000.5
+    assert after_reclaim[newest, in_volume] == 0
+    assert [samples["blockvirt_snapshots", ()] for samples in (at_snapshot, after_reclaim, cloned)] == [1, 0, 1]
+    assert after_reclaim["blockvirt_jobs", (("kind", "reclaim"), ("state", "done"))] == 1
+    assert after_reclaim["blockvirt_jobs", (("kind", "reclaim"), ("state", "failed"))] == 0
+    assert after_reclaim["blockvirt_reclaim_backlog_rows", ()] == 0
+    assert ("blockvirt_punch_backlog_rows", ()) in after_reclaim
+    assert (cloned["blockvirt_trash_volumes", ()], trashed["blockvirt_trash_volumes", ()]) == (0, 1)
+    assert (cloned["blockvirt_trash_bytes", ()], trashed["blockvirt_trash_bytes", ()]) == (0, MIB + 64 * KIB)
+    assert (newest, in_volume) not in trashed, "series by volume are for open ones"
+
+
+async def test_rows_that_wait_are_counted(tmp_path: Path) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        await engine.store.commit(lambda writer: writer.put(Table.RECLAIM, pair_key(7, 3), b""))
+        metrics = Metrics(engine, Catalogue(engine.store, engine.registry, engine.storage), Counters())
+        assert (await shown(metrics))["blockvirt_reclaim_backlog_rows", ()] == 1
+        await engine.store.commit(lambda writer: writer.delete(Table.RECLAIM, pair_key(7, 3)))
+    finally:
+        await engine.close()
 
 
 async def test_nbd_counters_keep_their_sums(tmp_path: Path) -> None:
@@ -113,6 +184,7 @@ async def test_a_failed_store_still_has_metrics(tmp_path: Path, monkeypatch: pyt
 
         with monkeypatch.context() as patch:
             patch.setattr(Store, "stats", failed)
+            patch.setattr(Store, "read", failed)
             assert parse(metrics.take()())["blockvirt_lmdb_failed", ()] == 1
     finally:
         await engine.close()
