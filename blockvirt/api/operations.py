@@ -135,7 +135,7 @@ async def arguments_of(operation: Operation, request: web.Request) -> tuple[dict
             correction="leave it out; /v1/openapi.json says what there is",
         )
     raw = await read_body(request)
-    if operation.body is not None and not raw and "Content-Type" not in request.headers and not operation.needs_body:
+    if operation.body is not None and not raw and not operation.needs_body:
         arguments["body"] = operation.body()
     elif operation.body is not None:
         check_media_type(request)

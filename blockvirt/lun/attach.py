@@ -35,7 +35,7 @@ class AttachInfo:
 
 def nbd_uris(export: str, socket_path: str, host: str | None, port: int) -> tuple[str, ...]:
     """Return the URIs of an export: by the unix socket, and by TCP where the server listens on it."""
-    name = quote(export, safe="/")
+    name = quote(export, safe="/@")  # VOLUME@SNAPSHOT stays legible: RFC 3986, 3.3 allows it in a path
     uris = [f"nbd+unix:///{name}?socket={quote(socket_path, safe='/')}"]
     if host is not None:
         uris.append(f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}")
