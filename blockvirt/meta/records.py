@@ -72,6 +72,8 @@ class VolumeRecord:
     """When it was put into the trash; 0: it is not there."""
     purge_at_s: float = 0.0
     """When the trash lets go of it."""
+    importing: str = ""
+    """A snapshot stream is being imported: 'new' into a volume made for it, else the id of its base here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,8 @@ class SnapshotRecord:
     """Shared by the snapshots that were taken in one instant; empty: taken alone."""
     schedule_id: str = ""
     """The schedule that took it; empty: somebody asked for it."""
+    source_id: str = ""
+    """The snapshot that it is a copy of, imported from a stream; empty: it was taken here."""
 
 
 @dataclass(frozen=True, slots=True)

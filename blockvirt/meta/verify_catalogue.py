@@ -69,6 +69,8 @@ def check_volumes(rows: Rows) -> Iterator[Finding]:
         if not indexed and not record.deleting and not record.trashed_s:
             yield corrupt("name-index", what, "the index of names does not lead to it")
         yield from _check_trashed(rows, key, record, what)
+        if record.importing not in ("", "new") and not rows.has(Table.SNAPSHOTS, record.importing.encode()):
+            yield corrupt("wrong-link", what, f"the base {record.importing} of its import does not exist")
     nameless = frozenset(each.id.encode() for each in rows.volumes.values() if each.deleting or each.trashed_s)
     names = {each.id.encode(): each.name for each in rows.volumes.values()}
     yield from names_lead_back(rows, "volume", Table.VOLUME_NAMES, Table.VOLUMES, names, nameless)

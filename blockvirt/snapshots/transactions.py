@@ -18,6 +18,7 @@ from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.volumes.commit import MapChange
 from blockvirt.volumes.deletion import remove_snapshot
+from blockvirt.volumes.imports import check_not_importing
 from blockvirt.volumes.reclaim import queue_reclaim
 from blockvirt.volumes.transactions import new_branch, pool_record
 
@@ -101,7 +102,7 @@ def put_new(writer: Writer, record: SnapshotRecord) -> None:
 def delete(writer: Writer, ids: Sequence[str], expected_revision: int | None = None) -> list[str]:
     """Delete snapshots, all or none, and queue what that frees; returns the jobs' ids. Those gone already are no error.
 
-    Raises InUse where one is held, PreconditionFailed.
+    Raises InUse where one is held, or a stream is being imported that goes on from it; PreconditionFailed.
     """
     jobs = []
     for snapshot_id in ids:
@@ -113,6 +114,8 @@ def delete(writer: Writer, ids: Sequence[str], expected_revision: int | None = N
         name = f"{volume.name if volume is not None else record.volume_id}@{record.name}"
         if record.holds:
             raise held(name, record)
+        if volume is not None and volume.importing == record.id:
+            check_not_importing(volume)
         remove_snapshot(writer, record)
         job_id = queue_reclaim(writer, record.branch, record.epoch, subject=name, volume_id=record.volume_id)
         if job_id is not None:
@@ -177,6 +180,7 @@ def revert(
     volume = writer.record(VolumeRecord, Table.VOLUMES, before.id.encode())
     if volume is None or volume.branch != before.branch or volume.trashed_s or volume.deleting:
         raise InUse(f"volume {before.name!r} was reverted or deleted meanwhile", correction="look at it and try again")
+    check_not_importing(volume)
     if writer.get(Table.SNAPSHOTS, target.id.encode()) is None:
         raise NotFound(f"snapshot {before.name}@{target.name} was deleted meanwhile")
     old = writer.record(BranchRecord, Table.BRANCHES, number_key(volume.branch))

@@ -14,6 +14,7 @@ from blockvirt.meta.records import VolumeRecord
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.imports import check_not_importing
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.opened import OpenVolume, opening
 
@@ -62,7 +63,10 @@ class VolumeRegistry:
     # --- sessions ------------------------------------------------------------------------------------------------
 
     async def open(self, volume_id: str, session_id: str) -> Handle:
-        """Open a volume for a session; raises NotFound, BeingDeleted, VolumeStopped, DeviceFault, ShuttingDown."""
+        """Open a volume for a session.
+
+        Raises NotFound, BeingDeleted, InUse (it is being imported), VolumeStopped, DeviceFault, ShuttingDown.
+        """
         self._record(volume_id)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
@@ -71,27 +75,28 @@ class VolumeRegistry:
             self._volume_of[session_id] = volume_id
             return handle
 
-    async def _opened(self, slot: _Slot, volume_id: str) -> OpenVolume:
+    async def _opened(self, slot: _Slot, volume_id: str, *, importing: bool = False) -> OpenVolume:
         """Return the open volume, opened now if it was not. Under the slot's lock."""
         if self._closing:
             raise ShuttingDown("the daemon is stopping", correction="connect again when it has started")
-        record = self._record(volume_id)
+        record = self._record(volume_id, importing=importing)
         if slot.opened is None:
             await self._leftovers.settle(record)
-            record = self._record(volume_id)  # it may have grown, or have been deleted, meanwhile
+            record = self._record(volume_id, importing=importing)  # it may have grown, or have been deleted, meanwhile
             slot.opened = opening(self._context, record)
         return slot.opened
 
     @asynccontextmanager
-    async def pinned(self, volume_id: str) -> AsyncIterator[OpenVolume]:
+    async def pinned(self, volume_id: str, *, importing: bool = False) -> AsyncIterator[OpenVolume]:
         """Have a volume open without a session: for a snapshot, for background work. Not for long: others wait.
 
-        Raises as ``open``. Who may be cancelled inside must shield what is not to be left half done.
+        Raises as ``open``. Who may be cancelled inside must shield what is not to be left half done. ``importing`` is
+        for the import that the volume is marked for: it keeps all others out, and may take long.
         """
-        self._record(volume_id)
+        self._record(volume_id, importing=importing)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
-            opened = await self._opened(slot, volume_id)
+            opened = await self._opened(slot, volume_id, importing=importing)
             slot.pin()
         try:
             yield opened
@@ -99,8 +104,10 @@ class VolumeRegistry:
             slot.unpin()
             await asyncio.shield(self._tasks.start(self._close_unused(slot), "unpin", awaited=True))
 
-    def _record(self, volume_id: str) -> VolumeRecord:
+    def _record(self, volume_id: str, *, importing: bool = False) -> VolumeRecord:
         record = self._stored(volume_id)
+        if not importing:
+            check_not_importing(record)
         if record.deleting:
             raise BeingDeleted(f"volume {volume_id} is being deleted", correction="use another volume")
         if record.trashed_s:
@@ -186,17 +193,22 @@ class VolumeRegistry:
             slot.handles.clear()
 
     @asynccontextmanager
-    async def set_aside(self, volume_id: str, *, refuse_sessions: bool = False) -> AsyncIterator[int]:
+    async def set_aside(
+        self, volume_id: str, *, refuse_sessions: bool = False, importing: bool = False
+    ) -> AsyncIterator[int]:
         """Drop a volume's sessions, close it with a checkpoint, and keep it closed as long as the context is held.
 
         Gives the number of sessions that were dropped; with ``refuse_sessions`` raises InUse instead. What was left by
-        a dead daemon is recovered first. Raises VolumeStopped where the volume has stopped, DeviceFault, DamagedRecord.
+        a dead daemon is recovered first. Raises VolumeStopped where the volume has stopped, DeviceFault, DamagedRecord,
+        and InUse while a stream is imported into it, unless ``importing``: for the one that takes it back.
         """
         slot = self._slots.setdefault(volume_id, _Slot())
         if not refuse_sessions:
             for handle in list(slot.handles):
                 handle.lose()
         async with slot.lock:
+            if not importing:
+                check_not_importing(self._stored(volume_id))
             await slot.unpinned.wait()
             if refuse_sessions and slot.handles:
                 raise InUse(f"volume {volume_id} was opened meanwhile", correction="end its sessions, or use force")
@@ -243,11 +255,11 @@ class VolumeRegistry:
 
     async def reopen(self, volume_id: str) -> None:
         """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first."""
-        self._record(volume_id)
+        self._record(volume_id, importing=True)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
             await slot.unpinned.wait()
-            record = self._record(volume_id)
+            record = self._record(volume_id, importing=True)
             opened = slot.opened
             if opened is not None:
                 if opened.volume.failure is None:

@@ -11,6 +11,7 @@ from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, number_key, un
 from blockvirt.meta.records import BranchRecord, PoolRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.volumes.deletion import queue_purge
+from blockvirt.volumes.imports import check_not_importing
 
 
 class Overtaken(Exception):
@@ -114,9 +115,14 @@ def new_branch(writer: Writer, volume_id: str, origin: SnapshotRecord | None = N
 
 
 def update(writer: Writer, before: VolumeRecord, after: VolumeRecord) -> VolumeRecord:
-    """Store a change and return it with its new revision; raises Overtaken, or Exists where the new name is taken."""
+    """Store a change and return it with its new revision; raises Overtaken, or Exists where the new name is taken.
+
+    Raises InUse for another size while a stream is imported: that decides on the size.
+    """
     if writer.record(VolumeRecord, Table.VOLUMES, before.id.encode()) != before:
         raise Overtaken
+    if after.size_bytes != before.size_bytes:
+        check_not_importing(before)
     if after.name != before.name:
         if writer.get(Table.VOLUME_NAMES, after.name.encode()) is not None:
             raise Exists(f"there is a volume {after.name!r} already", correction="choose another name")
@@ -139,12 +145,14 @@ def retire(
     """Put a volume into the trash until ``purge_at_s``, or delete it for good where that is 0.
 
     Frees its name and takes its units away; returns it as it was, and the id of the purge job (empty: it is in the
-    trash). Raises NotFound, PreconditionFailed, and InUse where units are left and may not go, or a snapshot is held.
+    trash). Raises NotFound, PreconditionFailed, and InUse where units are left and may not go, a snapshot is held, or
+    a stream is being imported.
     """
     record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
     if record is None or record.deleting or record.trashed_s:
         raise NotFound(f"there is no volume {volume_id!r} any more")
     check_revision(record, expected_revision)
+    check_not_importing(record)
     snapshots_held(writer, record)
     units = [key for key, _ in writer.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/".encode())]
     if units and not remove_units:
