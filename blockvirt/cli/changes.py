@@ -9,6 +9,7 @@ import click
 from blockvirt.cli.client import Client, segment
 from blockvirt.cli.context import Context, pass_context
 from blockvirt.cli.output import output_option, size_for_people, whole_output
+from blockvirt.limits import API_MAX_CHANGES
 
 
 class Changes:
@@ -26,9 +27,10 @@ class Changes:
 
     def ranges(self) -> Iterator[dict[str, Any]]:
         """Yield the ranges in order; raises Refused, Unreachable."""
+        query: dict[str, Any] = {"since": self._since, "limit": API_MAX_CHANGES}
         offset_bytes: int | None = 0
         while offset_bytes is not None:
-            page = self._client.call("GET", self._path, query={"since": self._since, "offset": offset_bytes})
+            page = self._client.call("GET", self._path, query={**query, "offset": offset_bytes})
             self.size_bytes = page["size_bytes"]
             for each in page["changes"]:
                 if each["zero"]:

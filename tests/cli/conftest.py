@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.api.conftest import Api, serve_api
+from tests.cli.scripted import Script, scripted
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +68,16 @@ def blockvirt(served: Api, tmp_path: Path) -> Command:
         return await run("-s", str(tmp_path), *words)
 
     return command
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Script]:
+    """A daemon with a script."""
+    with scripted(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+def command(script: Script, tmp_path: Path) -> Command:
+    """Run a command against it."""
+    return lambda *words: run("-s", str(tmp_path), *words)

@@ -1,5 +1,7 @@
 """A daemon that answers what a test wants it to, request by request, on the socket where the command line looks."""
 
+import csv
+import io
 import json
 import socketserver
 import threading
@@ -67,3 +69,18 @@ def scripted(state_dir: Path) -> Iterator[Script]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def volume(name: str, **fields: Any) -> dict[str, Any]:
+    """A volume as the API shows it."""
+    plain = {"id": f"id-{name}", "name": name, "state": "available", "size_bytes": 4096, "mapped_bytes": 0}
+    plain |= {"chunk_bytes": 65536, "labels": {}, "placement": {"devices": [], "labels": {}}, "nbd_uris": []}
+    return plain | {"units": [], "sessions": 0, "revision": 1, "created_at": "2026-11-22T02:00:00Z"} | fields
+
+
+JOB = {"id": "j1", "kind": "reclaim", "subject": "v", "created_at": "2026-11-22T02:00:00Z", "done_units": 3}
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """CSV as dictionaries."""
+    return list(csv.DictReader(io.StringIO(text)))

@@ -27,7 +27,7 @@ async def test_a_volume_from_start_to_end(blockvirt: Command, served: Api) -> No
     assert (made.json["name"], made.json["size_bytes"], made.json["labels"]) == ("v", 10 * GIB, {"team": "web"})
     assert (await blockvirt("volume", "create", "v", "--size", "10GiB", "--label", "team=web")).code == 0
     shown = await blockvirt("volume", "show", "v")
-    assert f"size       {10 * GIB}\n" in shown.out, "exact bytes: this is no terminal"
+    assert f"size          {10 * GIB}\n" in shown.out, "exact bytes: this is no terminal"
     assert "nbd+unix:///v?socket=" in shown.out
     assert (await blockvirt("volume", "rename", "v", "w")).code == 0
     grown = await blockvirt("volume", "resize", "w", "--size", "11GiB", "-o", "json")
@@ -249,7 +249,8 @@ HEAVY |= {"http", "ssl", "email", "urllib", "pathlib", "ipaddress", "logging", "
     "words",
     [
         *(("volume", "list"), ("volume", "create", "x", "--size", "1GiB"), ("host", "list"), ("device", "list")),
-        *(("session", "list"), ("pool", "show"), ("lun", "list")),
+        *(("session", "list"), ("pool", "show"), ("lun", "list"), ("snapshot", "list"), ("job", "list")),
+        *(("schedule", "list"), ("trash", "list")),
     ],
     ids=" ".join,
 )
@@ -268,7 +269,8 @@ async def test_client_commands_import_nothing_heavy(
     modules = loaded(err)
     assert not modules & HEAVY
     assert ("csv" in modules) == (output == "csv")
-    groups = {"volumes", "hosts", "pool", "sessions", "process"} & {name.rpartition(".")[2] for name in modules}
+    commands = {"volumes", "hosts", "pool", "sessions", "process", "snapshots", "jobs", "schedules", "trash"}
+    groups = commands & {name.rpartition(".")[2] for name in modules}
     assert len(groups) == 1, "and none of the other commands"
 
 

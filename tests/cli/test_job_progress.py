@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,11 @@ import pytest
 from blockvirt.cli.job_progress import bar
 from blockvirt.cli.output import duration
 from tests.cli.conftest import ROOT, run
-from tests.cli.scripted import Script, scripted
+from tests.cli.scripted import Script
 
 JOB = {"id": "j1", "kind": "flatten", "subject": "v", "created_at": "2026-11-22T02:00:00Z", "done_units": 0}
 RUNNING = JOB | {"state": "running", "percent": 42.4, "rate_per_s": 12.34, "eta_s": 80.0}
 DONE = JOB | {"state": "done", "percent": 100.0}
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Iterator[Script]:
-    """A daemon with a script."""
-    with scripted(tmp_path) as served:
-        yield served
 
 
 def test_a_bar_says_what_is_known() -> None:
