@@ -20,9 +20,10 @@ from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots import transactions
+from blockvirt.snapshots.freed import freed_by
 from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
 from blockvirt.snapshots.transactions import Wanted
-from blockvirt.snapshots.views import Page, Snapshot, freed_by, new_view, parent_of, view, volume_snapshots, volume_tree
+from blockvirt.snapshots.views import Page, Snapshot, new_view, parent_of, view, volume_snapshots, volume_tree
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine

@@ -3,9 +3,11 @@
 What goes is followed through the branches: one that nothing keeps any more lets go of its origin, and of what it pins.
 """
 
+from collections.abc import Sequence, Set
+
 from blockvirt.errors import DamagedRecord
-from blockvirt.meta.keys import Table, number_key, split_pair
-from blockvirt.meta.records import BranchRecord, FileRecord
+from blockvirt.meta.keys import Table, number_key, pair_key, split_pair, split_point
+from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord
 from blockvirt.meta.store import Reader
 from blockvirt.volumes.deletion import branches_of
 from blockvirt.volumes.gaps import chunks_freed
@@ -26,29 +28,61 @@ def freed_with_snapshots(reader: Reader, volume_id: str) -> int:
     return _freed(reader, volume_id, heads=False)
 
 
+def freed_by(reader: Reader, snapshots: Sequence[SnapshotRecord]) -> int:
+    """Return how many chunks become free when these snapshots go, and nothing else; raises DamagedRecord.
+
+    Cost: what changed around them, not the size of their volumes.
+    """
+    return _follow(reader, {snapshot.id for snapshot in snapshots}, {each.branch for each in snapshots}, heads=set())
+
+
 def _freed(reader: Reader, volume_id: str, *, heads: bool) -> int:
     own = set(branches_of(reader, volume_id))
-    going: set[str | int] = {
-        snapshot_id.decode() for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
-    }
-    pending, freed = set(own), 0
+    names = reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
+    return _follow(reader, {snapshot_id.decode() for _, snapshot_id in names}, own, heads=own if heads else set())
+
+
+def _follow(reader: Reader, snapshots: Set[str], branches: Set[int], *, heads: Set[int]) -> int:
+    """Return what becomes free when ``snapshots`` and the heads of ``heads`` go, ``branches`` being where they are."""
+    going: set[str | int] = set(snapshots)
+    pending, freed = set(branches), 0
     while pending:
         number = max(pending)  # what comes from a branch has a higher number: it is judged before
         pending.remove(number)
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
         if branch is None:
             raise DamagedRecord(f"branch {number} is missing from the metadata", correction="run 'blockvirt check'")
+        head_goes = number in heads and branch.head_epoch > 0
+        if branch.head_epoch and not head_goes:
+            freed += chunks_freed(reader, branch, _epochs_gone(reader, branch, going))
+            continue
         points = points_of(reader, number)
         kept = {epoch for epoch, who in points if who not in going}
-        head_goes = heads and number in own and branch.head_epoch > 0
-        gone = {epoch for epoch, _ in points} - kept
-        if branch.head_epoch and not head_goes:
-            kept.add(branch.head_epoch)
-        freed += chunks_freed(reader, branch, gone, head=head_goes) if kept else _live_chunks(reader, number)
-        if not kept:
+        if kept:
+            freed += chunks_freed(reader, branch, {epoch for epoch, _ in points} - kept, head=head_goes)
+        else:
+            freed += _live_chunks(reader, number)
             going.add(number)
             pending |= {origin for origin, _ in ((branch.origin_branch, 0), *branch.pins) if origin}
     return freed
+
+
+def _epochs_gone(reader: Reader, branch: BranchRecord, going: Set[str | int]) -> set[int]:
+    """Return the points of a branch that nothing keeps any more: found from what goes, which is little."""
+    gone = set()
+    for who in going:
+        if isinstance(who, str):
+            snapshot = reader.record(SnapshotRecord, Table.SNAPSHOTS, who.encode())
+            epochs = {snapshot.epoch} if snapshot is not None and snapshot.branch == branch.number else set()
+        else:
+            child = reader.record(BranchRecord, Table.BRANCHES, number_key(who))
+            origins = ((child.origin_branch, child.origin_epoch), *child.pins) if child is not None else ()
+            epochs = {epoch for origin, epoch in origins if origin == branch.number}
+        for epoch in epochs:
+            rows = reader.scan(Table.POINTS, prefix=pair_key(branch.number, epoch))
+            if all(split_point(key)[2] in going for key, _ in rows):
+                gone.add(epoch)
+    return gone
 
 
 def _live_chunks(reader: Reader, branch: int) -> int:

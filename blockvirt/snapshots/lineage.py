@@ -1,5 +1,6 @@
 """The tree of a volume's snapshots: which one each came from, and where the head stands. Pure."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +24,10 @@ def tree(snapshots: Sequence[SnapshotRecord], branches: Mapping[int, BranchRecor
     def newest(branch: int, before_epoch: float) -> str:
         """Return the newest snapshot that a point just before ``before_epoch`` comes from."""
         while True:
-            older = [each.id for each in by_branch.get(branch, ()) if each.epoch < before_epoch]
+            line = by_branch.get(branch, [])
+            older = bisect_left(line, before_epoch, key=lambda each: each.epoch)
             if older:
-                return older[-1]
+                return line[older - 1].id
             record = branches.get(branch)
             if record is None or not record.origin_branch:
                 return ""

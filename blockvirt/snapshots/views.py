@@ -1,13 +1,13 @@
 """What is told of snapshots: frozen views, read from several records at once. Sizes are bytes, times seconds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blockvirt.meta.keys import Table, number_key, pair_key, split_point, split_volume_branch
 from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
+from blockvirt.snapshots.freed import freed_by
 from blockvirt.snapshots.lineage import Tree, tree
-from blockvirt.volumes.gaps import chunks_freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +141,3 @@ def clones_of(reader: Reader, record: SnapshotRecord) -> tuple[str, ...]:
             volume = reader.record(VolumeRecord, Table.VOLUMES, child.volume_id.encode())
             names.add(volume.name if volume is not None else child.volume_id)
     return tuple(sorted(names))
-
-
-def freed_by(reader: Reader, records: Sequence[SnapshotRecord]) -> int:
-    """Return how many chunks become free when these snapshots go, and nothing else. Exact, as of the last checkpoint.
-
-    Cost: what changed around them, not the size of their volumes.
-    """
-    going = {record.id for record in records}
-    epochs: dict[int, set[int]] = {}
-    for record in records:
-        rows = [
-            split_point(key)[2] for key, _ in reader.scan(Table.POINTS, prefix=pair_key(record.branch, record.epoch))
-        ]
-        if all(who in going for who in rows):
-            epochs.setdefault(record.branch, set()).add(record.epoch)
-    freed = 0
-    for number, gone in epochs.items():
-        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
-        if branch is not None:
-            freed += chunks_freed(reader, branch, gone)
-    return freed

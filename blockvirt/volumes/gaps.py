@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from blockvirt.meta.keys import Table, born_key, number_key, split_born
 from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Reader
-from blockvirt.volumes.versions import dead_in_gap, next_point, points_of, previous_point
+from blockvirt.volumes.versions import dead_in_gap, next_point, previous_point
 
 MAX_EPOCH = (1 << 64) - 1
 
@@ -74,19 +74,26 @@ def chunks_freed(reader: Reader, branch: BranchRecord, gone: Set[int], *, head: 
     Every row at those epochs is taken to go: the caller leaves out epochs that something else keeps. Exact as of the
     last checkpoint. Cost: see above. Raises DamagedRecord.
     """
-    points = sorted({epoch for epoch, _ in points_of(reader, branch.number)} | {branch.head_epoch} - {0})
-    gone = gone | {branch.head_epoch} if head else gone
-    freed = 0
-    after, run = 0, list[int]()
-    for point in [*points, None]:
-        if point is not None and point in gone:
-            run.append(point)
-            continue
-        if run:
-            freed += _chunks_in(reader, _gap(reader, branch.number, after, point, run[0], run[-1]))
-        run = []
-        after = point or 0
+    going = sorted(gone | {branch.head_epoch} if head else gone)
+    freed = at = 0
+    while at < len(going):
+        first = at
+        upto = _next_kept(reader, branch, going[at], head=head)
+        while upto in gone:
+            at += 1
+            upto = _next_kept(reader, branch, going[at], head=head)
+        if head and upto is None:
+            at = len(going) - 1
+        after = previous_point(reader, branch.number, going[first])
+        freed += _chunks_in(reader, _gap(reader, branch.number, after, upto, going[first], going[at]))
+        at += 1
     return freed
+
+
+def _next_kept(reader: Reader, branch: BranchRecord, epoch: int, *, head: bool) -> int | None:
+    """Return the point after ``epoch``; None where there is none, or only a head that goes too."""
+    upto = next_point(reader, branch, epoch + 1)
+    return None if upto is None or upto <= epoch or (head and upto == branch.head_epoch) else upto
 
 
 def _chunks_in(reader: Reader, gap: Gap) -> int:

@@ -106,9 +106,20 @@ class History:
     async def delete_snapshots(self, volume: Model) -> None:
         count = self.dice.randrange(1, 1 + min(3, len(volume.snapshots)))
         names = self.dice.sample(list(volume.snapshots), count)
-        await self.pool.snapshots.delete([f"{volume.name}@{name}" for name in names])
+        exact = self.dice.random() < 0.4
+        before = await self.used_bytes() if exact else 0
+        done = await self.pool.snapshots.delete([f"{volume.name}@{name}" for name in names])
+        if exact:
+            assert before - await self.used_bytes() == done.freed_bytes, names
         for name in names:
             del volume.snapshots[name]
+
+    async def used_bytes(self) -> int:
+        """Return what the pool uses once nothing is on its way."""
+        for opened in self.pool.engine.registry.opened():
+            await opened.checkpointer.run_all()
+        await settled(self.pool)
+        return self.pool.engine.storage.status().used_bytes
 
     async def delete(self, volume: Model) -> None:
         await self.shut(volume)
@@ -167,7 +178,8 @@ async def settled(pool: SnapshotPool) -> None:
         # A flatten fails where its volume was reverted or deleted meanwhile.
         assert not [job for job in pool.engine.jobs.list(state="failed") if job.kind != "flatten"]
         with pool.engine.store.read() as reader:
-            return not reader.count(Table.RECLAIM) and not pool.engine.jobs.list(state="running")
+            at_work = [*pool.engine.jobs.list(state="running"), *pool.engine.jobs.list(state="queued")]
+            return not reader.count(Table.RECLAIM) and not at_work
 
     await until(idle)
     await until_punched(pool)
