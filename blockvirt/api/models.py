@@ -125,7 +125,11 @@ class Volume(Answer):
     located: list[DeviceShare] | None = Field(None, description="Where its data lies; only when one volume is shown.")
     damage: str | None = Field(None, description="What is damaged, or why it stopped; only in those states.")
     snapshots: int = Field(0, description="How many it has.")
-    origin: str | None = Field(None, description="The snapshot that it was cloned from and still needs.")
+    origin: str | None = Field(
+        None,
+        description="The VOLUME@SNAPSHOT that it was cloned from and still needs; VOLUME alone where the snapshot was "
+        "deleted. Missing: it shares nothing with other volumes.",
+    )
     exclusive_bytes: int | None = Field(
         None, description="What deleting it with its snapshots would free; only when one volume is shown."
     )

@@ -8,6 +8,7 @@ from blockvirt.api.job_models import Job
 from blockvirt.api.operations import Call, Operations, Reply, etag
 from blockvirt.api.paging import page_after, page_token
 from blockvirt.api.wire import LabelListQuery, timestamp
+from blockvirt.errors import Exists
 from blockvirt.lun.attach import attach_info
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Writer
@@ -43,6 +44,13 @@ async def create_volume(call: Call, body: models.VolumeCreate) -> Reply:
         keep_answer(call, writer, record, body.size)
 
     made = await call.services.catalogue.create(wanted, also=keep)
+    if not made.created and (origin := (await call.services.histories.of([made.volume.id]))[made.volume.id].origin):
+        raise Exists(
+            f"a volume {made.volume.name!r} exists already and is a clone of {origin}",
+            cause="an empty one was asked for",
+            correction="choose another name",
+            volume_id=made.volume.id,
+        )
     return await created(call, made.volume, is_new=made.created, requested_bytes=body.size)
 
 

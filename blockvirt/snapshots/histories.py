@@ -19,7 +19,7 @@ class History:
 
     snapshots: int = 0
     origin: str = ""
-    """'VOLUME@SNAPSHOT' that it was cloned from and still needs; empty: none."""
+    """What it was cloned from and still needs, see ``origin_name``; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +71,42 @@ class Histories:
 
 
 def origin_name(reader: Reader, volume_id: str) -> str:
-    """Return the 'VOLUME@SNAPSHOT' that a volume was cloned from; raises DamagedRecord.
+    """Return what a volume was cloned from and still needs: 'VOLUME@SNAPSHOT'; empty: nothing. Raises DamagedRecord.
 
-    Empty: it is no clone, was flattened, or the snapshot was deleted.
+    'VOLUME' alone where the snapshot was deleted, an id for the name of a volume that is gone.
     """
-    snapshot = origin_of(reader, volume_id)
-    if snapshot is None:
+    point = _origin_point(reader, volume_id)
+    if point is None:
         return ""
-    volume = reader.record(VolumeRecord, Table.VOLUMES, snapshot.volume_id.encode())
-    return f"{volume.name if volume is not None else snapshot.volume_id}@{snapshot.name}"
+    branch = reader.record(BranchRecord, Table.BRANCHES, number_key(point[0]))
+    if branch is None:
+        return ""
+    volume = reader.record(VolumeRecord, Table.VOLUMES, branch.volume_id.encode())
+    name = volume.name if volume is not None else branch.volume_id
+    snapshot = _snapshot_at(reader, *point)
+    return f"{name}@{snapshot.name}" if snapshot is not None else name
 
 
 def origin_of(reader: Reader, volume_id: str) -> SnapshotRecord | None:
-    """Return the snapshot of another volume that a volume's head comes from; None as above. Raises DamagedRecord."""
+    """Return the snapshot that a volume was cloned from and still needs; raises DamagedRecord.
+
+    None: it is no clone, was flattened, or the snapshot was deleted.
+    """
+    point = _origin_point(reader, volume_id)
+    return _snapshot_at(reader, *point) if point is not None else None
+
+
+def _origin_point(reader: Reader, volume_id: str) -> tuple[int, int] | None:
+    """Return the (branch, epoch) of another volume that a volume's head comes from."""
     record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
     if record is None:
         return None
     branch = branch_record(reader, record.branch)
     while branch.origin_branch:
-        epoch = branch.origin_epoch
+        point = branch.origin_branch, branch.origin_epoch
         origin = reader.record(BranchRecord, Table.BRANCHES, number_key(branch.origin_branch))
         if origin is None or origin.volume_id != volume_id:
-            return _snapshot_at(reader, branch.origin_branch, epoch)
+            return point
         branch = origin  # of an earlier head: it was reverted
     return None
 
