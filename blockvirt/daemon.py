@@ -32,6 +32,7 @@ from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.scheduled import ScheduledSnapshots
 from blockvirt.snapshots.schedules import Schedules
+from blockvirt.snapshots.sealing import Sealer
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
@@ -143,6 +144,7 @@ class Daemon:
             workers.start(copies.run(), "metadata copies")
             workers.start(catalogue.trash.run(), "trash")
             workers.start(schedules.run(), "schedules")
+            workers.start(Sealer(engine).run(), "sealing")
             self._not_ready = ""
             self._stack = stack.pop_all()
 
