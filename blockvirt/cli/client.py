@@ -87,10 +87,15 @@ class Client:
 
     def pages(self, path: str, key: str, query: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the items of a paged list, all pages of it."""
+        for page in self.whole_pages(path, query):
+            yield from page[key]
+
+    def whole_pages(self, path: str, query: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the pages of a list, with what they say beside their items."""
         asked = {"limit": 1000, **(query or {})}
         while True:
             page = self.call("GET", path, query=asked)
-            yield from page[key]
+            yield page
             if "next_page_token" not in page:
                 return
             asked["page_token"] = page["next_page_token"]

@@ -108,18 +108,27 @@ def list_(context: Context, volume: str | None, labels: tuple[str, ...], output:
     query: dict[str, Any] = {"label": list(labels)} if labels else {}
     if volume is not None:
         query["volume"] = volume
-    found = context.client.pages("/v1/snapshots", "snapshots", query)
-    if output == "table":
-        show_rows(_trees(context.client, list(found)), TREE, output)
-    else:
-        show_rows(found, FLAT, output)
+    pages = context.client.whole_pages("/v1/snapshots", query)
+    if output != "table":
+        show_rows((each for page in pages for each in page["snapshots"]), FLAT, output)
+        return
+    found: list[dict[str, Any]] = []
+    heads: dict[str, str] = {}
+    for page in pages:
+        found += page["snapshots"]
+        if volume is not None and page["snapshots"]:
+            heads[page["snapshots"][0]["volume_id"]] = page.get("head_parent_id") or ""
+    show_rows(_trees(context.client, found, heads), TREE, output)
 
 
-def _trees(client: Client, found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _trees(client: Client, found: list[dict[str, Any]], heads: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all trees; ``heads`` are the heads' parents by volume id, asked for where they are missing."""
     volumes = [(key, list(group)) for key, group in groupby(found, lambda each: (each["volume"], each["volume_id"]))]
     for (name, volume_id), snapshots in sorted(volumes, key=lambda each: each[0]):
-        head = client.call("GET", "/v1/snapshots", query={"volume": volume_id, "limit": 1})
-        yield from tree_rows(name, snapshots, head.get("head_parent_id") or "")
+        if volume_id not in heads:
+            page = client.call("GET", "/v1/snapshots", query={"volume": volume_id, "limit": 1})
+            heads[volume_id] = page.get("head_parent_id") or ""
+        yield from tree_rows(name, snapshots, heads[volume_id])
 
 
 @snapshot_group.command("show")

@@ -79,6 +79,13 @@ async def test_a_listing_of_one_volume_and_of_labels(command: Command, script: S
     listed = await command("snapshot", "list", "v", "--label", "a=b")
     assert (listed.code, len(listed.out.splitlines())) == (0, 1)
     assert (await command("snapshot", "list", "--label", "a")).code == 1
+    page = {"snapshots": [snapshot("a"), snapshot("b", parent_id="id-a")], "head_parent_id": "id-a"}
+    script.on("GET", "/v1/snapshots?limit=1000&volume=v", page)
+    listed = await command("snapshot", "list", "v")
+    assert [line.split("  2026")[0].rstrip() for line in listed.out.splitlines()[1:]] == [
+        *("v", "|-- a", "|   `-- b", "`-- (head)")
+    ]
+    assert len(script.asked) == 2, "the head is told with the list"
 
 
 # --- holding, deleting, going back, cloning ---------------------------------------------------------------------------

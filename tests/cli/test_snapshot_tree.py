@@ -21,6 +21,7 @@ def test_a_line_of_descent_is_one_column() -> None:
 
 def test_what_a_revert_left_behind_hangs_aside() -> None:
     assert drawn("a b<a c<b", "a") == ["v", "|-- a", "|   |-- b", "|   `-- c", "`-- (head)"]
+    assert drawn("a b<a c<a", "b") == ["v", "|-- a", "|   `-- c", "|-- b", "`-- (head)"], "the line aside is the newer"
     assert drawn("a b<a safety<b c<a", "c") == ["v", "|-- a", "|   |-- b", "|   `-- safety", "|-- c", "`-- (head)"]
 
 
