@@ -98,6 +98,17 @@ def test_a_volume_by_curl(clone: Clone) -> None:
     assert any(uri.startswith("nbd+unix:///") for uri in volume["nbd_uris"])
 
 
+def test_snapshots(clone: Clone) -> None:
+    """Taken, listed, cloned, gone back to and deleted, of the volume that the lines before it make."""
+    clone.paste(block("qemu-system").splitlines()[0])
+    printed = clone.paste(block("snapshot create"))
+    assert "\n|-- fresh " in printed
+    assert re.search(r"^origin +debian@fresh$", printed, re.MULTILINE)
+    listed = clone.paste(".venv/bin/blockvirt -s var snapshot list -o csv")
+    assert "debian,before-revert-" in listed
+    assert "fresh" not in listed
+
+
 @pytest.mark.requires("nbdinfo")
 def test_the_greeting_can_be_pasted(clone: Clone) -> None:
     """What `make run` prints under "Next" works as it stands, in that order."""
