@@ -13,12 +13,14 @@ from blockvirt.meta.copies import newest_intact, remembered_folders, restore
 from blockvirt.meta.datafile import DATA_FILE
 from blockvirt.meta.findings import Finding, Severity, corrupt, unchecked
 from blockvirt.meta.keys import POOL_KEY, Table, number_key, split_pair
+from blockvirt.meta.orphans import remove_orphans
 from blockvirt.meta.records import FileRecord, PoolRecord
 from blockvirt.meta.store import Store, Writer
 from blockvirt.meta.verify import verify_pages, verify_records
 from blockvirt.pool.backing import backing_path
 from blockvirt.pool.devices import COPIES, FILES, claim_all
 from blockvirt.pool.lock import lock_pool
+from blockvirt.volumes.deletion import queue_purge
 from blockvirt.volumes.engine import EngineSettings, members_of, pool_record, volume_context
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.ports import DeviceStatus
@@ -93,7 +95,9 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> 
     unseen = {status.id for status in out_of_use.values() if status.state not in _DAMAGED}
     findings += _believable(proof.run(), _half_seen(store, storage.paths(), unseen))
     if repair and all(finding.severity is Severity.LEAK for finding in findings):
-        freed = proof.repair()
+        store.commit_now(lambda writer: remove_orphans(writer, queue_purge))
+        proof.repair()
+        freed = len(findings)
         return _report([], f"{freed} leaks repaired" if freed else note)
     if repair:
         note = "; ".join(filter(None, (note, "nothing was repaired, as there is more than leaks")))

@@ -46,6 +46,7 @@ def verify_records(reader: Reader, decode_leaf: DecodeLeaf) -> Iterator[Finding]
     yield from leaves.check_leaves(rows, decode_leaf)
     yield from leaves.check_born(rows)
     yield from leaves.check_punches(rows)
+    yield from leaves.check_checksums(rows)
     yield from catalogue.check_hosts(rows)
     yield from catalogue.check_units(rows)
     yield from catalogue.check_schedules(rows)

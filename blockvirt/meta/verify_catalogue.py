@@ -168,11 +168,16 @@ def check_jobs(rows: Rows) -> Iterator[Finding]:
             yield corrupt("wrong-key", what, f"it lies under the key {shown(key)}")
         if record.state not in JOB_STATES:
             yield corrupt("bad-value", what, f"{record.state!r} is no state of a job")
-        if record.kind == "purge" and record.state not in ("done", "cancelled"):
+        if is_unfinished_purge(record):
             purged.add(record.volume_id)
     for volume in rows.volumes.values():
         if volume.deleting and volume.id not in purged and whole:
             yield leak("orphan-deletion", f"volume {volume.name}", "it is being deleted, and no job does it")
+
+
+def is_unfinished_purge(job: JobRecord) -> bool:
+    """Tell whether a job deletes its volume, or is going to."""
+    return job.kind == "purge" and job.state not in ("done", "cancelled")
 
 
 def check_idempotency(rows: Rows) -> Iterator[Finding]:

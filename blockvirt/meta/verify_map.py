@@ -23,6 +23,7 @@ from blockvirt.meta.verify_rows import Rows, shown
 
 DecodeLeaf = Callable[[bytes], Any]
 _PUNCH_BYTES = 8
+_CHECKSUMS_BYTES = 512 // 8 + 512 * 4  # a bit and a u32 for each chunk of a group
 
 
 def check_branches(rows: Rows) -> Iterator[Finding]:
@@ -205,3 +206,22 @@ def check_punches(rows: Rows) -> Iterator[Finding]:
             yield corrupt("bad-value", what, "it says no number of chunks")
         elif not rows.has(Table.FILES, number_key(number)):
             yield leak("orphan-punch", what, "its file does not exist")
+
+
+def check_checksums(rows: Rows) -> Iterator[Finding]:
+    """Prove the rows of checksums."""
+    for key, stored in rows.reader.scan(Table.CHECKSUMS):
+        if len(key) != len(pair_key(0, 0)):
+            yield corrupt("unknown-row", f"checksums {shown(key)}", "its key has a wrong length")
+            continue
+        number, group = split_pair(key)
+        what = f"checksums of file {number}, group {group}"
+        try:
+            payload = unseal(key, stored, what=what)
+        except DamagedRecord as error:
+            yield corrupt("damaged-record", what, f"{error.message}: {error.cause}")
+            continue
+        if len(payload) != _CHECKSUMS_BYTES:
+            yield corrupt("bad-value", what, f"it has {len(payload)} bytes, not {_CHECKSUMS_BYTES}")
+        elif not rows.has(Table.FILES, number_key(number)):
+            yield leak("orphan-checksums", what, "its file does not exist")

@@ -257,6 +257,13 @@ PLANTED = [
     (puts(Table.LEAVES, b"short", b"x"), {("unknown-row", "leaf short")}),
     (puts(Table.BORN, b"short", b"x"), {("unknown-row", "index of births, short")}),
     (puts(Table.POINTS, b"short", b""), {("unknown-row", "point short")}),
+    (puts(Table.CHECKSUMS, b"short", b""), {("unknown-row", "checksums short")}),
+    (puts(Table.CHECKSUMS, PUNCH, b"xxxxxx"), {("damaged-record", "checksums of file 1, group 3")}),
+    (puts(Table.CHECKSUMS, PUNCH, seal(PUNCH, b"x")), {("bad-value", "checksums of file 1, group 3")}),
+    (
+        puts(Table.CHECKSUMS, OTHER_PUNCH, seal(OTHER_PUNCH, bytes(2112))),
+        {("orphan-checksums", "checksums of file 9, group 3")},
+    ),
     (puts(Table.SEALS, b"short", b""), {("unknown-row", "seals short")}),
     (puts(Table.RECLAIM, b"short", b""), {("unknown-row", "reclaim short")}),
     (puts(Table.PUNCH, b"short", b"x"), {("unknown-row", "punch short")}),
