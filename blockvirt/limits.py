@@ -73,6 +73,7 @@ NBD_SLOW_READER_S = 60.0  # a client that takes no reply bytes for this long is 
 NBD_BATCH_REQUESTS = 64  # one callback handles so many requests, then lets others run
 NBD_BATCH_S = 200e-6  # the longest that one busy connection keeps the others waiting
 NBD_MAX_EXTENTS_PER_REPLY = 64 * KIB  # descriptors, shared by the contexts of a session; 512 KiB of reply
+NBD_STATUS_CHUNKS = 8_192  # mapped chunks that one answer describes, give or take a leaf: 4 ms of the event loop
 NBD_MAX_CONTEXT_QUERIES = 64  # in one option, so contexts of a session: each is looked up, pinned and asked every time
 NBD_MAX_LISTED_CONTEXTS = 1_000  # in one answer: each is a reply of its own, and all of them are in memory at once
 NBD_DRAIN_S = 10.0  # at shutdown

@@ -1,7 +1,9 @@
 """How far back the chunks that a point sees lie: in its own branch, in the one that it came from, and so on."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
+from blockvirt.limits import NBD_STATUS_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, UNMAPPED, file_of
 from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS, SLOT_MASK
 from blockvirt.meta.keys import Table, number_key
@@ -10,7 +12,7 @@ from blockvirt.meta.store import Store
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.versions import branch_record, lineage
 
-STATUS_CHUNKS = 8_192  # mapped chunks that one answer describes, give or take a leaf: 4 ms of the event loop
+T = TypeVar("T")
 
 
 class Layers:
@@ -41,17 +43,17 @@ class Layers:
 
 
 def runs(
-    leaf_map: LeafMap, state_of: Callable[[int], int], offset: int, length: int, chunk_shift: int
-) -> list[tuple[int, int]]:
+    leaf_map: LeafMap, state_of: Callable[[int], T], offset: int, length: int, chunk_shift: int
+) -> list[tuple[int, T]]:
     """Describe a range of bytes: (length in bytes, state) in order, neighbours alike merged.
 
     ``state_of`` tells the state of a map entry. Describes the beginning alone where much is mapped, so that no more
     than a few ms pass. Raises DamagedRecord.
     """
     end = offset + length
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, T]] = []
 
-    def extend(stop: int, state: int) -> int:
+    def extend(stop: int, state: T) -> int:
         if found and found[-1][1] == state:
             found[-1] = (found[-1][0] + stop - at, state)
         else:
@@ -59,7 +61,7 @@ def runs(
         return stop
 
     at, looked_at = offset, 0
-    while at < end and looked_at < STATUS_CHUNKS:
+    while at < end and looked_at < NBD_STATUS_CHUNKS:
         leaf = at >> chunk_shift >> SLOT_BITS
         leaf_end = min(end, (leaf + 1) << SLOT_BITS << chunk_shift)
         entries = leaf_map.leaf(leaf).entries

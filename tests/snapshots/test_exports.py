@@ -10,6 +10,7 @@ import pytest
 from blockvirt.daemon import Sessions
 from blockvirt.device import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_SINCE
 from blockvirt.errors import InUse, NotFound
+from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.presentation import Presentation
 from blockvirt.meta.keys import Table
 from blockvirt.nbd import constants as c
@@ -17,6 +18,7 @@ from blockvirt.nbd.client import NbdClient, NbdClientError, RefusedOption, Reque
 from blockvirt.nbd.server import NbdServer
 from blockvirt.snapshots import exports as exports_module
 from blockvirt.snapshots.exports import Exports
+from blockvirt.volumes import layers
 from blockvirt.volumes.requests import NewVolume
 from tests.snapshots.conftest import SnapshotPool
 from tests.volumes.conftest import until
@@ -210,6 +212,26 @@ async def test_depths_tell_a_clones_own_chunks_from_its_origins(served: Served) 
     await served.snapshot("w", "two")
     snapshot = await served.enter("w@two", ALLOCATION_DEPTH, BASE_ALLOCATION)
     assert (await snapshot.statuses(0, SIZE))[ALLOCATION_DEPTH] == expected
+
+
+async def test_a_long_status_is_told_in_several_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "NBD_STATUS_CHUNKS", 600)
+    leaves, leaf_bytes = 5, LEAF_CHUNKS * CHUNK
+    await served.pool.catalogue.create(NewVolume(leaves * leaf_bytes, name="v"))
+    writer = await served.enter("v")
+    for leaf in (0, 1, 3, 4):
+        await writer.write(leaf * leaf_bytes, b"x" * CHUNK)
+    await served.snapshot("v", "one")
+    hole = (leaf_bytes - CHUNK, 0)
+    expected = [(CHUNK, 1), hole, (CHUNK, 1), (2 * leaf_bytes - CHUNK, 0), (CHUNK, 1), hole, (CHUNK, 1)]
+    for name in ("v", "v@one"):
+        client = await served.enter(name, ALLOCATION_DEPTH)
+        first = (await client.statuses(0, leaves * leaf_bytes))[ALLOCATION_DEPTH]
+        assert first == [*expected[:3], hole]
+        at = sum(length for length, _ in first)
+        assert at == 2 * leaf_bytes
+        rest = (await client.statuses(at, (leaves - 2) * leaf_bytes))[ALLOCATION_DEPTH]
+        assert rest == [(leaf_bytes, 0), *expected[4:], hole]
 
 
 async def test_sessions_of_snapshots_are_listed_and_dropped(served: Served) -> None:
