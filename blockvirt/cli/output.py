@@ -43,9 +43,17 @@ def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_rows(
-    rows: Iterable[Mapping[str, Any]], columns: Sequence[Column], output: str, *, footer: Sequence[str] = ()
+    rows: Iterable[Mapping[str, Any]],
+    columns: Sequence[Column],
+    output: str,
+    *,
+    footer: Sequence[str] = (),
+    folds: bool = True,
 ) -> None:
-    """Print a list, and below a table the lines of ``footer``; raises ClickException where stdout cannot take it."""
+    """Print a list, and below a table the lines of ``footer``; raises ClickException where stdout cannot take it.
+
+    Without ``folds`` a line that is too long for the terminal stays a line: a tree would not survive it.
+    """
     rows = list(rows)
     with whole_output():
         if output == "json":
@@ -56,7 +64,7 @@ def show_rows(
             terminal = sys.stdout.isatty()
             cells = [[column.title for column in columns], *(_cells(row, columns, human=terminal) for row in rows)]
             lines = _aligned(cells, columns)
-            if terminal and not _fit(lines):
+            if terminal and folds and not _fit(lines):
                 _drawn(cells, columns)
             else:
                 styled = terminal and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -130,7 +138,7 @@ def _for_people(value: Any, kind: Kind) -> str:
     if kind == "size":
         return format_size(value)
     if kind == "time":
-        return re.sub(r"\.[0-9]+", "", value)  # RFC 3339, to the second
+        return to_the_second(value)
     if kind == "percent":
         return f"{value:.1f}%"
     if kind == "duration":
@@ -141,6 +149,11 @@ def _for_people(value: Any, kind: Kind) -> str:
 def size_for_people(size_bytes: int) -> str:
     """Return a size within a sentence: rounded on a terminal, exact anywhere else."""
     return format_size(size_bytes) if sys.stdout.isatty() else f"{size_bytes} bytes"
+
+
+def to_the_second(time: str) -> str:
+    """Return a time of the API (RFC 3339) without what is less than a second."""
+    return re.sub(r"\.[0-9]+", "", time)
 
 
 def duration(seconds: float) -> str:

@@ -118,7 +118,7 @@ def list_(context: Context, volume: str | None, labels: tuple[str, ...], output:
         found += page["snapshots"]
         if volume is not None and page["snapshots"]:
             heads[page["snapshots"][0]["volume_id"]] = page.get("head_parent_id") or ""
-    show_rows(_trees(context.client, found, heads), TREE, output)
+    show_rows(_trees(context.client, found, heads), TREE, output, folds=False)
 
 
 def _trees(client: Client, found: list[dict[str, Any]], heads: dict[str, str]) -> Iterator[dict[str, Any]]:

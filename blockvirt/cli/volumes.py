@@ -7,7 +7,7 @@ import click
 from blockvirt.cli.client import segment
 from blockvirt.cli.context import Context, parse_labels, pass_context, size_given
 from blockvirt.cli.job_progress import wait_for
-from blockvirt.cli.output import Column, output_option, show_rows
+from blockvirt.cli.output import Column, output_option, show_rows, to_the_second
 from blockvirt.cli.volume_view import show_volume
 
 LIST = (
@@ -173,4 +173,4 @@ def delete(
 
 def _in_the_trash(volume: dict[str, Any], purge_at: str) -> str:
     commands = f"'blockvirt trash restore {volume['id']}' brings it back, 'blockvirt trash purge {volume['id']}'"
-    return f"{volume['name']} is in the trash until {purge_at}: {commands} frees its space"
+    return f"{volume['name']} is in the trash until {to_the_second(purge_at)}: {commands} frees its space"

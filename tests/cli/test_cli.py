@@ -5,11 +5,9 @@ import csv
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from blockvirt.units import GIB
 from blockvirt.volumes.requests import NewVolume
 from tests.api.conftest import Api
 from tests.cli.conftest import ROOT, Command, run
+from tests.cli.terminal import run_on_terminal
 
 
 async def test_a_volume_from_start_to_end(blockvirt: Command, served: Api) -> None:
@@ -191,21 +190,10 @@ async def test_the_daemon_is_found_by_url_too(served: Api, tmp_path: Path) -> No
 
 async def on_terminal(tmp_path: Path, width: int) -> str:
     """What `volume list` shows on a terminal of that width."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, width))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", LOADED, "-s", str(tmp_path), "volume", "list"),
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")} | {"TERM": "x"},
-    )
-    os.close(theirs)
-    _, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    shown = os.read(ours, 65536).decode()
-    os.close(ours)
-    return shown + ("drawn by rich" if "rich" in loaded(err) else "")
+    command = (sys.executable, "-c", LOADED, "-s", str(tmp_path), "volume", "list")
+    code, shown, err = await run_on_terminal(*command, stream="stdout", width=width, terminal="x")
+    assert code == 0, err
+    return shown + ("drawn by rich" if "rich" in loaded(err.encode()) else "")
 
 
 async def test_a_terminal_gets_sizes_for_people(served: Api, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Snapshot, clone and group commands against a daemon with a script: what they ask, what they print."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from tests.cli.conftest import Command
 from tests.cli.scripted import JOB, Script, rows, volume
+from tests.cli.terminal import run_on_terminal
 
 
 def snapshot(name: str, volume: str = "v", **fields: Any) -> dict[str, Any]:
@@ -86,6 +89,16 @@ async def test_a_listing_of_one_volume_and_of_labels(command: Command, script: S
         *("v", "|-- a", "|   `-- b", "`-- (head)")
     ]
     assert len(script.asked) == 2, "the head is told with the list"
+
+
+async def test_a_tree_is_not_folded_on_a_narrow_terminal(command: Command, script: Script, tmp_path: Path) -> None:
+    """A name on a line of its own, away from its branch, would be no tree any more."""
+    found = [snapshot("a"), snapshot("before-revert-20261122t053238-330z", parent_id="id-a")]
+    script.on("GET", "/v1/snapshots?limit=1000&volume=v", {"snapshots": found, "head_parent_id": "id-a"})
+    words = (sys.executable, "-m", "blockvirt", "-s", str(tmp_path), "snapshot", "list", "v")
+    code, seen, _ = await run_on_terminal(*words, stream="stdout", width=60)
+    assert code == 0
+    assert "\n|   `-- before-revert-20261122t053238-330z  2026-11-22T02:00:00Z" in seen
 
 
 # --- holding, deleting, going back, cloning ---------------------------------------------------------------------------

@@ -1,13 +1,10 @@
 """Waiting for jobs: the bar, and how a wait ends."""
 
 import asyncio
-import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from blockvirt.cli.job_progress import bar
 from blockvirt.cli.output import duration
 from tests.cli.conftest import ROOT, run
 from tests.cli.scripted import Script
+from tests.cli.terminal import run_on_terminal
 
 JOB = {"id": "j1", "kind": "flatten", "subject": "v", "created_at": "2026-11-22T02:00:00Z", "done_units": 0}
 RUNNING = JOB | {"state": "running", "percent": 42.4, "rate_per_s": 12.34, "eta_s": 80.0}
@@ -74,32 +72,10 @@ async def test_a_job_that_is_not_done_is_a_failure(
         assert words in waited.err
 
 
-async def on_terminal(tmp_path: Path, *words: str) -> tuple[int | None, str, str]:
-    """Exit code, stdout, and what a terminal that is stderr got."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 60))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "blockvirt", "-s", str(tmp_path), *words),
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"},
-    )
-    os.close(theirs)
-    out, _ = await process.communicate()
-    seen = b""
-    try:
-        while block := os.read(ours, 65536):
-            seen += block
-    except OSError:  # EIO: the other side is closed and all was read
-        pass
-    os.close(ours)
-    return process.returncode, out.decode(), seen.decode()
-
-
 async def test_a_terminal_gets_a_bar_that_goes_away(script: Script, tmp_path: Path) -> None:
     script.on("GET", "/v1/jobs/j1?wait_s=1", RUNNING, RUNNING | {"percent": 99.0}, DONE)
-    code, out, seen = await on_terminal(tmp_path, "job", "wait", "j1", "-o", "csv")
+    command = (sys.executable, "-m", "blockvirt", "-s", str(tmp_path), "job", "wait", "j1", "-o", "csv")
+    code, seen, out = await run_on_terminal(*command, stream="stderr", width=60)
     assert code == 0
     assert out.splitlines()[1].startswith("j1,flatten,v,done,100.0")
     pictures = [picture for picture in re.split(r"\r|\x1b\[K", seen) if picture]
