@@ -1,0 +1,93 @@
+"""What the figures say becomes free is what does; what one point's parent is agrees with the whole tree."""
+
+import random
+
+import pytest
+
+from blockvirt.meta.keys import Table
+from blockvirt.meta.records import FileRecord, VolumeRecord
+from blockvirt.snapshots.freed import freed_by, freed_with_snapshots, freed_with_volume
+from blockvirt.snapshots.views import parent_of, volume_snapshots, volume_tree
+from blockvirt.volumes.gaps import MAX_EPOCH
+from tests.snapshots.conftest import SnapshotPool
+from tests.snapshots.test_histories import History, settled
+
+
+def live_chunks(pool: SnapshotPool) -> int:
+    """Chunks that some version of a leaf names, in all files."""
+    total = 0
+    with pool.engine.store.read() as reader:
+        for key, _ in reader.scan(Table.FILES):
+            file = reader.record(FileRecord, Table.FILES, key)
+            assert file is not None
+            total += file.live_chunks
+    return total
+
+
+async def at_rest(pool: SnapshotPool, history: History) -> None:
+    """Close everything, and let the background end."""
+    for volume in history.volumes:
+        await history.shut(volume)
+    await settled(pool)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_the_figures_are_exact(pool: SnapshotPool, seed: int) -> None:
+    history = History(pool, seed)
+    await history.new_volume()
+    for _ in range(60):
+        if len(history.volumes) < 2:
+            await history.new_volume()
+        await history.step()
+    await at_rest(pool, history)
+    dice = random.Random(seed)
+    while history.volumes:
+        volume = dice.choice(history.volumes)
+        before = live_chunks(pool)
+        kind = dice.choice(["snapshots", "some", "volume"])
+        with pool.engine.store.read() as reader:
+            records = volume_snapshots(reader, volume.id)
+            some = dice.sample(records, dice.randrange(len(records) + 1))
+            expected = {
+                "snapshots": freed_with_snapshots(reader, volume.id),
+                "some": freed_by(reader, some),
+                "volume": freed_with_volume(reader, volume.id),
+            }[kind]
+        if kind == "volume":
+            await history.delete(volume)
+        else:
+            going = records if kind == "snapshots" else some
+            await pool.snapshots.delete([each.id for each in going])
+            for each in going:
+                del volume.snapshots[each.name]
+        await settled(pool)
+        assert before - live_chunks(pool) == expected, (kind, volume.name)
+    assert live_chunks(pool) == 0
+
+
+def parents(pool: SnapshotPool, history: History) -> int:
+    """Compare every volume's parents, one by one, with its tree; return how many snapshots had one."""
+    found = 0
+    with pool.engine.store.read() as reader:
+        for volume in history.volumes:
+            record = reader.record(VolumeRecord, Table.VOLUMES, volume.id.encode())
+            assert record is not None
+            records = volume_snapshots(reader, volume.id)
+            tree = volume_tree(reader, record, records)
+            assert {each.id: parent_of(reader, each.branch, each.epoch) for each in records} == tree.parents
+            assert parent_of(reader, record.branch, MAX_EPOCH) == tree.head_parent
+            found += len([parent for parent in tree.parents.values() if parent])
+    return found
+
+
+async def test_one_parent_is_that_of_the_tree(pool: SnapshotPool) -> None:
+    history = History(pool, 1)
+    await history.new_volume()
+    found = 0
+    for _ in range(150):
+        if len(history.volumes) < 2:
+            await history.new_volume()
+        await history.step()
+        found += parents(pool, history)
+    await at_rest(pool, history)
+    assert found > 100
