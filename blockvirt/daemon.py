@@ -25,9 +25,11 @@ from blockvirt.notify import notify
 from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.changed_blocks import ChangedBlocks
 from blockvirt.snapshots.cloning import Cloning
+from blockvirt.snapshots.export import SnapshotExports
 from blockvirt.snapshots.exports import Exports
 from blockvirt.snapshots.flatten import Flattening
 from blockvirt.snapshots.histories import Histories
+from blockvirt.snapshots.importing import SnapshotImports
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.scheduled import ScheduledSnapshots
@@ -108,6 +110,9 @@ class Daemon:
             catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=settings.trash_s)
             snapshots = Snapshots(engine, readers)
             stack.push_async_callback(snapshots.close)
+            imports = SnapshotImports(engine, catalogue)
+            stack.push_async_callback(imports.close)
+            await imports.take_back_all()
             reverts = Reverts(engine, snapshots, catalogue.promises)
             stack.push_async_callback(reverts.close)
             schedules = Schedules(engine.store, time.time, ScheduledSnapshots(engine.store, snapshots))
@@ -130,6 +135,8 @@ class Daemon:
                 cloning=Cloning(engine.store, catalogue, snapshots),
                 flattening=flattening,
                 changed_blocks=ChangedBlocks(engine, snapshots),
+                exports=SnapshotExports(engine, snapshots, readers),
+                imports=imports,
                 histories=Histories(engine.context),
                 schedules=schedules,
                 jobs=engine.jobs,

@@ -157,6 +157,12 @@ class StreamVersion(BlockvirtError):
     code, nbd_errno, http_status = "stream-version", errno.EINVAL, 422
 
 
+class WrongBase(BlockvirtError):
+    """A snapshot stream goes on from something else than what the volume holds."""
+
+    code, nbd_errno, http_status = "wrong-base", errno.EINVAL, 409
+
+
 class ShuttingDown(BlockvirtError):
     """The daemon is stopping; what has started finishes, nothing new begins."""
 

@@ -108,6 +108,12 @@ SCHEDULE_CLOCK_STEP_S = 3_600.0  # a clock that goes back by more is taken to ha
 # --- snapshot streams ----------------------------------------------------------------------------------------------
 STREAM_MAX_DATA_BYTES = 1 * MIB  # in one frame: a larger one compresses no better, and a reader holds one several times
 STREAM_MAX_HEADER_BYTES = 256 * KIB  # MAX_LABELS of MAX_LABEL_CHARS that JSON escapes, all of them, take 192 KiB
+STREAM_MAX_CREATED_S = 253_402_300_800.0  # the year 10000, the first that no calendar of ours can show
+STREAM_BATCH_LEAVES = 64  # of the map that an export looks at in one go: 2 GiB of volume, a few ms of the store
+STREAM_BATCH_EVENTS = 256  # decoded in one go of a thread, as long as they hold less than STREAM_MAX_DATA_BYTES
+STREAM_ZERO_BYTES = 1 * GIB  # zeroed in one go: between two of them the end of an import is noticed
+STREAM_IDLE_S = 600.0  # that a stream may rest: pipes wait for slow disks and for passwords, and volumes for streams
+API_MAX_STREAMS = 8  # at once: each holds 10 MiB, and one of the IO_THREADS that guests need too
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
 RUNNING_JOBS_PER_KIND = 2  # one goes on while the other waits for its disk; more would only take from the guests

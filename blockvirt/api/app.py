@@ -10,7 +10,7 @@ from aiohttp.typedefs import Middleware
 from pydantic import BaseModel
 
 from blockvirt import __version__
-from blockvirt.api import changes, hosts, jobs, models, pool, schedules, sessions, snapshots, trash, volumes
+from blockvirt.api import changes, hosts, jobs, models, pool, schedules, sessions, snapshots, streams, trash, volumes
 from blockvirt.api.guards import check_origin
 from blockvirt.api.openapi import document
 from blockvirt.api.operations import Call, Operation, Reply, arguments_of, expected_revision
@@ -33,12 +33,20 @@ RequestHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build(services: Services) -> web.Application:
-    """Return the application over ``services``; ``api.server`` listens for it."""
+    """Return the application over ``services``; ``api.server`` listens for it. On the event loop that runs it."""
     app = web.Application(
         middlewares=[answer_problems, _bound_requests(), _refuse_foreign], client_max_size=API_MAX_BODY_BYTES
     )
+    stopping = asyncio.get_running_loop().create_future()
+
+    async def stop_waiting(app: web.Application) -> None:
+        if not stopping.done():
+            stopping.set_result(None)
+
+    app.on_shutdown.append(stop_waiting)
     for operation in OPERATIONS:
-        app.router.add_route(operation.method, operation.path, _route(operation, services))
+        app.router.add_route(operation.method, operation.path, _route(operation, services, stopping))
+    streams.Streams(services).add_to(app)
     openapi = json.dumps(document(OPERATIONS, __version__)).encode()
 
     async def show_openapi(request: web.Request) -> web.StreamResponse:
@@ -91,7 +99,7 @@ async def _refuse_foreign(request: web.Request, handler: Handler) -> web.StreamR
     return await handler(request)
 
 
-def _route(operation: Operation, services: Services) -> RequestHandler:
+def _route(operation: Operation, services: Services, stopping: asyncio.Future[None]) -> RequestHandler:
     async def handle(request: web.Request) -> web.StreamResponse:
         arguments, raw = await arguments_of(operation, request)
         key = request.headers.get("Idempotency-Key") if operation.idempotent else None
@@ -103,6 +111,7 @@ def _route(operation: Operation, services: Services) -> RequestHandler:
             expected_revision=expected_revision(request) if operation.conditional else None,
             idempotency_key=key,
             request_sha256=digest,
+            stopping=stopping,
         )
         if key is None:
             return _answer(await operation.handler(call, **arguments))

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, generated from the operations and their models."""
+"""The OpenAPI 3.1 document, generated from the operations and their models; streams describe themselves."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from blockvirt.api.models import Problem
 from blockvirt.api.operations import Operation
 from blockvirt.api.problems import MEDIA_TYPE
+from blockvirt.api.streams import describe
 
 _REFERENCE = "#/components/schemas/{model}"
 # What any request may meet: a foreign origin, a bad request, our own mistake, a daemon that starts or stops.
@@ -23,6 +24,7 @@ def document(operations: Sequence[Operation], version: str) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schemas)
+    describe(paths)
     return {
         "openapi": "3.1.0",
         "info": {

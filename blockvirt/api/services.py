@@ -8,8 +8,10 @@ from blockvirt.lun.presentation import Presentation
 from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.changed_blocks import ChangedBlocks
 from blockvirt.snapshots.cloning import Cloning
+from blockvirt.snapshots.export import SnapshotExports
 from blockvirt.snapshots.flatten import Flattening
 from blockvirt.snapshots.histories import Histories
+from blockvirt.snapshots.importing import SnapshotImports
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.schedules import Schedules
 from blockvirt.volumes.catalogue import Catalogue
@@ -32,6 +34,8 @@ class Services:
     cloning: Cloning
     flattening: Flattening
     changed_blocks: ChangedBlocks
+    exports: SnapshotExports
+    imports: SnapshotImports
     histories: Histories
     schedules: Schedules
     jobs: JobBoard

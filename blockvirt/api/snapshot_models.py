@@ -157,3 +157,9 @@ class Changes(Answer):
     next_offset_bytes: int | None = Field(None, description="Where the next page begins; missing: that was all.")
     size_bytes: int
     chunk_bytes: int
+
+
+class SnapshotsImported(Answer):
+    """The snapshots that streams have brought, in their order."""
+
+    snapshots: list[Snapshot]

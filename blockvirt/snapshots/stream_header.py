@@ -1,7 +1,6 @@
 """A snapshot stream's header as read from elsewhere: nothing in it is believed before it was looked at. Pure."""
 
 import json
-import math
 from typing import Any
 
 from blockvirt.errors import InvalidName
@@ -13,6 +12,7 @@ from blockvirt.limits import (
     MAX_VOLUME_BYTES,
     MIN_CHUNK_BYTES,
     SECTOR_BYTES,
+    STREAM_MAX_CREATED_S,
 )
 from blockvirt.snapshots.stream_format import StreamBase, StreamHeader, StreamSnapshot
 
@@ -47,7 +47,7 @@ def decode_header(body: bytes) -> StreamHeader:
 def _snapshot(value: object) -> StreamSnapshot:
     fields = _fields(value, _SNAPSHOT_FIELDS, "the snapshot")
     created_s = fields["created_s"]
-    if type(created_s) not in (int, float) or not 0 <= created_s < math.inf:
+    if type(created_s) not in (int, float) or not 0 <= created_s < STREAM_MAX_CREATED_S:
         raise ValueError("created_s is not a time")
     return StreamSnapshot(
         id=_id(fields["id"], "the snapshot's id"),

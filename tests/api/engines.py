@@ -10,8 +10,10 @@ from blockvirt.pool.devices import claim_all
 from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.changed_blocks import ChangedBlocks
 from blockvirt.snapshots.cloning import Cloning
+from blockvirt.snapshots.export import SnapshotExports
 from blockvirt.snapshots.flatten import Flattening
 from blockvirt.snapshots.histories import Histories
+from blockvirt.snapshots.importing import SnapshotImports
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.scheduled import ScheduledSnapshots
@@ -43,6 +45,8 @@ def snapshot_services(
         "cloning": Cloning(engine.store, catalogue, snapshots),
         "flattening": Flattening(engine, readers, clock=clock),
         "changed_blocks": ChangedBlocks(engine, snapshots),
+        "exports": SnapshotExports(engine, snapshots, readers),
+        "imports": SnapshotImports(engine, catalogue, clock=clock),
         "histories": Histories(engine.context),
         "schedules": Schedules(engine.store, clock, ScheduledSnapshots(engine.store, snapshots)),
         "jobs": engine.jobs,

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from blockvirt import errors
 from blockvirt.api.app import OPERATIONS
+from blockvirt.api.streams import ROUTES
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
 
 def test_every_operation_is_documented() -> None:
     documented = set(re.findall(r"^\| `((?:GET|POST|PATCH|DELETE) /v1/[^`]+)`", DOCUMENT, re.MULTILINE))
-    assert documented == {f"{operation.method} {operation.path}" for operation in OPERATIONS}
+    streams = {f"{method} {path}" for method, path in ROUTES}
+    assert documented == {f"{operation.method} {operation.path}" for operation in OPERATIONS} | streams
 
 
 def test_every_error_is_documented() -> None:
