@@ -43,15 +43,28 @@ def _volume_id(call: Call, name_or_id: str) -> str:
 @operations.add("GET", "/v1/jobs/{job}", {200: models.Job}, errors=(404,))
 async def show_job(call: Call, job: str, query: models.JobQuery) -> Reply:
     """Show a job, when it is over if one waits for that."""
-    jobs = call.services.jobs
-    found = jobs.get(job)
+    found = call.services.jobs.get(job)
     if query.wait_s and found.state not in FINISHED:
-        try:
-            async with asyncio.timeout(query.wait_s):
-                found = await jobs.finished(job)
-        except TimeoutError:
-            found = jobs.get(job)
+        found = await _over(call, job, query.wait_s)
     return Reply(answers.job(found))
+
+
+async def _over(call: Call, job_id: str, wait_s: float) -> Job:
+    """Return a job when it is over, after ``wait_s``, or when the API stops."""
+    jobs = call.services.jobs
+    try:
+        async with asyncio.timeout(wait_s) as limit:
+
+            def end_now(_: asyncio.Future[None]) -> None:
+                limit.reschedule(asyncio.get_running_loop().time())
+
+            call.stopping.add_done_callback(end_now)
+            try:
+                return await jobs.finished(job_id)
+            finally:
+                call.stopping.remove_done_callback(end_now)
+    except TimeoutError:
+        return jobs.get(job_id)
 
 
 @operations.add("POST", "/v1/jobs/{job}/cancel", {200: models.Job}, errors=(404, 409))

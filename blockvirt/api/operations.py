@@ -4,6 +4,7 @@ A handler is ``async def f(call: Call, ...) -> Reply`` with, in any order, a ``s
 placeholder of the path, ``query: Model`` and ``body: Model``. What does not fit the annotations never reaches it.
 """
 
+import asyncio
 import inspect
 import re
 import typing
@@ -38,6 +39,8 @@ class Call:
     idempotency_key: str | None = None
     request_sha256: str = ""
     """Over method, path, query and body: what an Idempotency-Key stands for."""
+    stopping: asyncio.Future[None] = field(kw_only=True)
+    """Done when the API stops: who only waits answers then."""
 
 
 @dataclass(frozen=True, slots=True)

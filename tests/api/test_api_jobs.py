@@ -6,7 +6,7 @@ import pytest
 
 from blockvirt.meta.records import JobRecord
 from blockvirt.units import KIB, MIB
-from blockvirt.volumes.jobs import Running, queue_job
+from blockvirt.volumes.jobs import Job, JobBoard, Running, queue_job
 from tests.api.conftest import PoolApi
 
 CHUNK = 4 * KIB
@@ -106,6 +106,25 @@ async def test_pause_and_resume(pool_api: PoolApi, worker: Worker) -> None:
     await worker.stepping.wait()
     worker.go_on.set()
     assert (await pool_api.ok("GET", f"/v1/jobs/{job_id}?wait_s=60"))["state"] == "done"
+
+
+async def test_who_waits_does_not_keep_the_daemon_from_stopping(pool_api: PoolApi, worker: Worker) -> None:
+    job_id = await worker.start()
+    asked = asyncio.Event()
+    board = pool_api.services.jobs
+
+    async def finished(job_id: str) -> Job:
+        asked.set()
+        return await JobBoard.finished(board, job_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board, "finished", finished)
+        waiting = asyncio.create_task(pool_api.ok("GET", f"/v1/jobs/{job_id}?wait_s=60"))
+        await asked.wait()
+    await pool_api.server.stop()
+    assert (await waiting)["state"] == "running", "an answer, not a connection that is cut when its time is over"
+    worker.go_on.set()
+    await board.finished(job_id)
 
 
 async def test_pages_and_filters(pool_api: PoolApi, worker: Worker) -> None:
