@@ -7,12 +7,13 @@ branch holds a foreign address. Branches that come from this one may hold some, 
 origin for themselves (``BranchRecord.pins``).
 """
 
+import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockvirt.errors import InUse, InvalidRequest, NotFound
 from blockvirt.ids import new_id
@@ -23,6 +24,7 @@ from blockvirt.meta.keys import Table, born_key, child_point_key, leaf_key, leaf
 from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, seal
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.snapshots.readers import SnapshotReaders
+from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_with
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.job_states import FINISHED
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from array import array
 
 log = logging.getLogger("blockvirt.flatten")
+T = TypeVar("T")
 
 FLATTEN = "flatten"
 
@@ -57,6 +60,7 @@ class Flattening:
         self._store = engine.store
         self._readers = readers
         self._clock = clock
+        self._tasks = TaskSet("flatten")
         engine.jobs.register(FLATTEN, self.work, cancellable=True, retries=False)
 
     async def start(self, volume: str) -> str:
@@ -94,22 +98,39 @@ class Flattening:
 
     async def work(self, job: Running) -> None:
         """Do a flatten job; ``position`` is the leaf to go on with. Raises PoolFull, InUse, DeviceFault and others."""
-        volume_id, number = job.record.volume_id, job.record.branch
+        number = job.record.branch
         leaves = await self._engine.context.threads.run(lambda: self._leaves(number))
         leaf_bytes = LEAF_CHUNKS << self._engine.context.chunk_shift
         left = [leaf for leaf in leaves if leaf >= job.record.position]
         while left:
+            job.checkpoint()
             # Not for long at a time: whoever wants to revert or delete the volume waits for the pin.
-            async with self._engine.registry.pinned(volume_id) as opened:
-                _check_branch(opened, number)
-                for leaf in left[:FLATTEN_PIN_LEAVES]:
-                    job.checkpoint()
-                    while not await self._leaf(opened, leaf):
-                        job.checkpoint()
-                    left.remove(leaf)
-                    done = len(leaves) - len(left)
-                    await job.advance(done * leaf_bytes, len(leaves) * leaf_bytes, leaf + 1)
-        async with self._engine.registry.pinned(volume_id) as opened:
+            part = left[:FLATTEN_PIN_LEAVES]
+            left = left[await self._whole(self._some_leaves(job, part)) :]
+            done = len(leaves) - len(left)
+            await job.advance(done * leaf_bytes, len(leaves) * leaf_bytes, left[0] if left else leaves[-1] + 1)
+        await self._whole(self._finish(job))
+        log.info("volume %s is flattened", job.record.subject)
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a part to its end, pin and all, even if the job is cancelled with the engine: see ``checkpoint_with``."""
+        return await asyncio.shield(self._tasks.start(work, "flatten", awaited=True))
+
+    async def _some_leaves(self, job: Running, leaves: Sequence[int]) -> int:
+        """Flatten some leaves; returns how many of them are done when the job is to stop, or all are."""
+        async with self._engine.registry.pinned(job.record.volume_id) as opened:
+            _check_branch(opened, job.record.branch)
+            for done, leaf in enumerate(leaves):
+                if job.stopping:
+                    return done
+                while not await self._leaf(opened, leaf):
+                    if job.stopping:
+                        return done
+        return len(leaves)
+
+    async def _finish(self, job: Running) -> None:
+        number = job.record.branch
+        async with self._engine.registry.pinned(job.record.volume_id) as opened:
             _check_branch(opened, number)
             await opened.checkpointer.run_all()
             if opened.volume.inherited_chunks:
@@ -120,7 +141,6 @@ class Flattening:
             if await self._store.commit(lambda writer: _let_go(writer, number)):
                 self._engine.jobs.wake()
             self._look_up_anew(number)
-        log.info("volume %s is flattened", job.record.subject)
 
     def _leaves(self, branch: int) -> list[int]:
         """Return the leaves that the branch or an origin of it has, in order. Blocks."""

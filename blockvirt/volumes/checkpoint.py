@@ -127,7 +127,7 @@ async def _run(parts: Sequence[Checkpointer], also: Also[T] | None, *, step: boo
             return None
         try:
             result = await _commit(parts[0].volume, frozen, also)
-        except Exception as error:
+        except BaseException as error:  # cancelled too: what is frozen is in nobody's hands then
             for each in frozen:
                 if not each.committed:
                     each.volume.stop("its map cannot be committed to the metadata", error)

@@ -286,6 +286,7 @@ class VolumeRegistry:
             for handle in list(slot.handles):
                 handle.lose()
             async with slot.lock:
+                await slot.unpinned.wait()
                 opened, slot.opened = slot.opened, None
                 if opened is not None:
                     try:

@@ -100,6 +100,9 @@ async def abandon(pool: Pool, *, power_cut: bool) -> None:
     only. (What was not synced is still on disk here: losing it is the business of the crash harnesses.)
     """
     engine = pool.engine
+    await engine.jobs._runs.close()
+    for slot in engine.registry._slots.values():
+        await slot.unpinned.wait()  # else what is at work in the background would go on with descriptors of others
     engine.store.close()  # before anything could commit
     for opened in engine.registry.opened():
         volume = opened.volume

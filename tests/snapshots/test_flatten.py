@@ -1,0 +1,225 @@
+"""Flatten, one case at a time: what shared chunks with an origin must still be there when the origin is gone."""
+
+import os
+
+import pytest
+
+from blockvirt.errors import InvalidRequest
+from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.records import BranchRecord, SnapshotRecord
+from blockvirt.snapshots.reader import SnapshotHandle
+from blockvirt.volumes.job_states import Action
+from blockvirt.volumes.opened import OpenVolume
+from blockvirt.volumes.requests import NewVolume
+from tests.snapshots.conftest import SnapshotPool
+from tests.snapshots.test_histories import settled
+from tests.volumes.conftest import findings, read, until, write
+
+CHUNK = 4096
+SIZE = 600 * CHUNK  # two leaves
+
+
+class Family:
+    """A golden volume with a snapshot, and what comes from it."""
+
+    def __init__(self, pool: SnapshotPool) -> None:
+        self.pool = pool
+        self.content = os.urandom(SIZE)
+        self.golden: SnapshotRecord
+
+    async def begin(self) -> None:
+        handle = await self.pool.open(await self.pool.volume(SIZE, "golden"))
+        await write(handle, 0, self.content)
+        self.golden = await self.snapshot("golden", "g")
+        await handle.close()
+
+    async def clone(self, origin: SnapshotRecord, name: str) -> str:
+        return (await self.pool.catalogue.create(NewVolume(size_bytes=SIZE, name=name), origin=origin)).volume.id
+
+    async def snapshot(self, volume: str, name: str) -> SnapshotRecord:
+        (record,) = await self.pool.snapshots.create({volume: name})
+        return record
+
+    async def flatten(self, volume: str) -> None:
+        job = await self.pool.engine.jobs.finished(await self.pool.flattening.start(volume))
+        assert (job.state, job.percent) == ("done", 100), job
+
+    async def write(self, volume_id: str, chunk: int, data: bytes) -> None:
+        handle = await self.pool.open(volume_id)
+        await write(handle, chunk * CHUNK, data)
+        await handle.close()
+
+    async def lose_golden(self) -> None:
+        """Delete the origin for good, and wait until its space is given back."""
+        await self.pool.catalogue.delete("golden", purge=True)
+        await settled(self.pool)
+
+    async def read(self, volume_id: str) -> bytes:
+        handle = await self.pool.open(volume_id)
+        content = await read(handle, 0, SIZE)
+        await handle.close()
+        return content
+
+
+async def read_snapshot(handle: SnapshotHandle) -> bytes:
+    into = bytearray(SIZE)
+    await handle.read(0, memoryview(into))
+    return bytes(into)
+
+
+@pytest.fixture
+async def family(pool: SnapshotPool) -> Family:
+    made = Family(pool)
+    await made.begin()
+    return made
+
+
+def branches(pool: SnapshotPool) -> list[BranchRecord]:
+    with pool.engine.store.read() as reader:
+        found = [reader.record(BranchRecord, Table.BRANCHES, key) for key, _ in reader.scan(Table.BRANCHES)]
+    return [branch for branch in found if branch is not None]
+
+
+async def test_a_flattened_clone_stands_alone(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    await family.write(clone, 3, b"x" * CHUNK)
+    await family.flatten("clone")
+    await family.lose_golden()
+    assert len(branches(family.pool)) == 1
+    assert await family.read(clone) == family.content[: 3 * CHUNK] + b"x" * CHUNK + family.content[4 * CHUNK :]
+    assert family.pool.engine.storage.status().used_bytes == SIZE
+    with pytest.raises(InvalidRequest, match="no clone"):
+        await family.pool.flattening.start("clone")
+    assert not findings(family.pool, leaks=True)
+
+
+async def test_snapshots_of_the_clone_are_flattened_with_it(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    untouched = await family.snapshot("clone", "untouched")  # sees nothing but its origin
+    await family.write(clone, 3, b"x" * CHUNK)
+    touched = await family.snapshot("clone", "touched")  # its own version of the first leaf, the origin's of the second
+    await family.write(clone, 4, b"y" * CHUNK)
+    await family.flatten("clone")
+    await family.lose_golden()
+    assert len(branches(family.pool)) == 1
+    changed = family.content[: 3 * CHUNK] + b"x" * CHUNK + family.content[4 * CHUNK :]
+    for record, content in ((untouched, family.content), (touched, changed)):
+        handle = family.pool.readers.open(record, record.name)
+        assert await read_snapshot(handle) == content, record.name
+        await handle.close()
+    # Everything once, and the two chunks that were overwritten: nothing is copied for each snapshot.
+    assert family.pool.engine.storage.status().used_bytes == SIZE + 2 * CHUNK
+    assert not findings(family.pool, leaks=True)
+
+
+async def test_a_clone_of_the_clone_keeps_what_it_copied_from_its_versions(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    await family.write(clone, 3, b"x" * CHUNK)
+    middle = await family.snapshot("clone", "middle")
+    grandchild = await family.clone(middle, "grandchild")
+    await family.write(grandchild, 5, b"z" * CHUNK)  # its version of the leaf now names the golden volume's chunks
+    await family.flatten("clone")
+    await family.lose_golden()
+    expected = bytearray(family.content)
+    expected[3 * CHUNK : 4 * CHUNK] = b"x" * CHUNK
+    expected[5 * CHUNK : 6 * CHUNK] = b"z" * CHUNK
+    assert await family.read(grandchild) == bytes(expected)
+    assert not findings(family.pool, leaks=True)
+    await family.flatten("grandchild")
+    await settled(family.pool)
+    assert await family.read(grandchild) == bytes(expected)
+    assert {branch.pins for branch in branches(family.pool)} == {()}
+    assert not findings(family.pool, leaks=True)
+    assert len(branches(family.pool)) == 2, "what the golden volume left is gone with the last pin"
+
+
+async def test_who_has_the_old_addresses_in_memory_looks_again(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    record = await family.snapshot("clone", "a")
+    reader = family.pool.readers.open(record, "reader")
+    grandchild = await family.clone(record, "grandchild")
+    handle = await family.pool.open(grandchild)
+    assert await read_snapshot(reader) == family.content
+    assert await read(handle, 0, SIZE) == family.content
+    await family.flatten("clone")
+    await family.lose_golden()
+    assert await read_snapshot(reader) == family.content
+    assert await read(handle, 0, SIZE) == family.content
+    await reader.close()
+    await handle.close()
+    assert await family.read(clone) == family.content
+
+
+async def test_a_snapshot_taken_in_the_middle_is_flattened_too(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at a leaf and its commit a snapshot may come, which then sees the origin."""
+    clone = await family.clone(family.golden, "clone")
+    handle = await family.pool.open(clone)
+    await write(handle, 3 * CHUNK, b"x" * CHUNK)
+    opened = handle._opened
+    flush, taken = opened.flusher.flush, list[SnapshotRecord]()
+
+    async def snapshot_first() -> None:
+        if not taken:
+            taken.append(await family.snapshot("clone", "middle"))
+        await flush()
+
+    monkeypatch.setattr(opened.flusher, "flush", snapshot_first)
+    await family.flatten("clone")
+    await handle.close()
+    await write(again := await family.pool.open(clone), 0, b"later" * CHUNK)
+    await again.close()
+    await family.lose_golden()
+    reader = family.pool.readers.open(taken[0], "reader")
+    assert await read_snapshot(reader) == family.content[: 3 * CHUNK] + b"x" * CHUNK + family.content[4 * CHUNK :]
+    await reader.close()
+    assert not findings(family.pool, leaks=True)
+
+
+@pytest.mark.parametrize("action", [Action.PAUSE, Action.CANCEL])
+async def test_a_flatten_stops_between_two_leaves(
+    family: Family, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    clone = await family.clone(family.golden, "clone")
+    jobs, leaf = family.pool.engine.jobs, family.pool.flattening._leaf
+
+    async def leaf_and_ask(opened: OpenVolume, number: int) -> bool:
+        done = await leaf(opened, number)
+        run = jobs._queues.entries[job_id].run
+        assert run is not None
+        run.ask(action)
+        return done
+
+    monkeypatch.setattr(family.pool.flattening, "_leaf", leaf_and_ask)
+    job_id = await family.pool.flattening.start("clone")
+    await until(lambda: jobs.get(job_id).state in ("paused", "cancelled"))
+    assert jobs.get(job_id).percent == 50
+    assert await family.read(clone) == family.content
+    monkeypatch.setattr(family.pool.flattening, "_leaf", leaf)
+    if action is Action.PAUSE:
+        await jobs.resume(job_id)
+        assert (await jobs.finished(job_id)).state == "done"
+        assert (await family.pool.snapshots.get("golden@g")).clones == ()
+    else:
+        assert (await family.pool.snapshots.get("golden@g")).clones == ("clone",)
+        await family.flatten("clone")
+    assert await family.read(clone) == family.content
+    assert not findings(family.pool)
+
+
+async def test_a_flatten_that_was_cancelled_keeps_what_it_copied(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    job_id = await family.pool.flattening.start("clone")
+    assert await family.pool.flattening.start("clone") == job_id, "one at a time"
+    await family.pool.engine.jobs.cancel(job_id)
+    assert await family.read(clone) == family.content
+    await family.flatten("clone")
+    await family.lose_golden()
+    assert await family.read(clone) == family.content
+    assert not findings(family.pool, leaks=True)
+
+
+async def test_a_branch_knows_its_first_epoch(family: Family) -> None:
+    with family.pool.engine.store.read() as reader:
+        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(family.golden.branch))
+    assert branch is not None
+    assert branch.first_epoch <= family.golden.epoch < branch.head_epoch
