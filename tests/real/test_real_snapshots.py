@@ -69,6 +69,12 @@ class Disk:
         self.daemon.cli("snapshot", "create", f"v@{name}")
         self.snapshots[name] = bytes(self.content), list(self.writes)
 
+    def sessions(self) -> list[dict[str, object]]:
+        """The sessions that the daemon lists."""
+        listed = json.loads(self.daemon.http("GET", "/v1/sessions")[1])["sessions"]
+        assert isinstance(listed, list)
+        return listed
+
     def changed(self, old: str, new: str) -> set[int]:
         """The chunks that differ between two snapshots."""
         before, after = self.snapshots[old][1], self.snapshots[new][1]
@@ -227,11 +233,12 @@ def test_a_snapshot_cannot_be_written_and_is_not_deleted_under_its_reader(disk: 
             change()
         assert failed.value.errno == "EPERM"
     assert client.pread(SIZE // 2, 0) == disk.snapshots["a"][0][: SIZE // 2]
-    (session,) = json.loads(disk.daemon.http("GET", "/v1/sessions")[1])["sessions"]
+    (session,) = disk.sessions()
     assert (session["export"], session["mode"]) == ("v@a", "ro")
     assert disk.daemon.http("DELETE", "/v1/snapshots/v@a")[0] == 409
     assert client.pread(512, 0) == disk.snapshots["a"][0][:512]
     assert disk.daemon.http("DELETE", "/v1/snapshots/v@a?force=true")[0] in (200, 202)
+    disk.daemon.until(lambda: not disk.sessions(), "the session of the deleted snapshot was not closed", 10.0)
     with pytest.raises(nbd.Error):
         client.pread(512, 0)
     with pytest.raises(ClientFailed):
