@@ -1,9 +1,9 @@
 """Idempotency-Key: a request that is sent again, because its answer was lost, gets the first one's answer.
 
 Answers are kept for ``limits.IDEMPOTENCY_KEY_S``, at most ``limits.MAX_IDEMPOTENCY_KEYS`` of them; what failed is not
-kept, since it changed nothing. A volume or a logical unit and the answer to its create are one transaction. The
-answers about hosts and devices are kept right after: a host is idempotent by name anyway, and whoever adds a device
-again after a crash in between is told that it is there.
+kept, since it changed nothing. A volume, a clone, a snapshot or a logical unit and the answer to its create are one
+transaction. The answers about hosts, schedules and devices are kept right after: hosts and schedules are idempotent by
+name anyway, and whoever adds a device again after a crash in between is told that it is there.
 """
 
 import logging
