@@ -82,7 +82,7 @@ def run(state_dir: Path, *, repair: bool, restore_metadata: bool, devices: Seque
 
 def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> Report:
     with store.read() as reader:
-        findings = list(verify_records(reader, decode))
+        findings = list(verify_records(reader, _decoded_later))
         members = members_of(reader)
     pool = pool_record(store, EngineSettings())
     threads = IoThreads(1)
@@ -102,6 +102,10 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> 
     if repair:
         note = "; ".join(filter(None, (note, "nothing was repaired, as there is more than leaks")))
     return _report(findings, note)
+
+
+def _decoded_later(payload: bytes) -> None:
+    """Leave what a leaf holds to the proof of the map, which reads it anyway: twice would take twice as long."""
 
 
 def _of_device(status: DeviceStatus) -> Finding:

@@ -16,6 +16,7 @@ from blockvirt.lun.address import ADDRESS_MASK, ENTRY_BYTES, FRESH
 
 _RUN = struct.Struct("<HHQ")
 _RUN_BYTES = _RUN.size - 1  # the entry's eighth byte is always 0 and is not stored
+_STORED_RUN = struct.Struct("<HHIHB")  # the same, read from bytes that follow one another
 _PACKED_BYTES = LEAF_CHUNKS * ENTRY_BYTES
 _MAX_RUNS = _PACKED_BYTES // _RUN_BYTES
 SLOT_MASK = LEAF_CHUNKS - 1
@@ -96,11 +97,14 @@ def decode(payload: bytes) -> "array[int]":
         return array("Q", bytes(raw))
     if form == b"\x01" and len(body) % _RUN_BYTES == 0:
         entries = NO_ENTRIES[:]
-        for at in range(0, len(body), _RUN_BYTES):
-            slot, count, first = _RUN.unpack(body[at : at + _RUN_BYTES] + b"\0")
+        for slot, count, low, middle, high in _STORED_RUN.iter_unpack(body):
+            first = low | middle << 32 | high << 48
             if not count or slot + count > LEAF_CHUNKS or not first:
                 raise DamagedRecord("a leaf names slots outside itself", correction="run 'blockvirt check'")
-            entries[slot : slot + count] = array("Q", range(first, first + count))
+            if count == 1:  # most are, where a guest writes at random
+                entries[slot] = first
+            else:
+                entries[slot : slot + count] = array("Q", range(first, first + count))
         return entries
     raise DamagedRecord("a leaf has an unknown form or a wrong length", correction="run 'blockvirt check'")
 
