@@ -134,24 +134,18 @@ async def test_a_clone_of_the_clone_keeps_what_it_copied_from_its_versions(famil
     assert len(branches(family.pool)) == 2, "what the golden volume left is gone with the last pin"
 
 
-async def test_who_has_the_old_addresses_in_memory_looks_again(family: Family) -> None:
+async def test_a_reader_with_the_old_addresses_in_memory_looks_again(family: Family) -> None:
     clone = await family.clone(family.golden, "clone")
-    record = await family.snapshot("clone", "a")
-    reader = family.pool.readers.open(record, "reader")
-    grandchild = await family.clone(record, "grandchild")
-    handle = await family.pool.open(grandchild)
+    reader = family.pool.readers.open(await family.snapshot("clone", "a"), "reader")
     assert await read_snapshot(reader) == family.content
-    assert await read(handle, 0, SIZE) == family.content
     await family.flatten("clone")
     with family.pool.engine.store.read() as store_reader:
         golden, _ = locate(store_reader, "golden")
-    await family.write(golden, 0, bytes(SIZE // 2) + b"n" * (SIZE // 2))
+    await family.write(golden, 0, b"n" * SIZE)
     await family.pool.snapshots.delete(["golden@g"])
-    await settled(family.pool)  # its chunks are punched out of a file that the readers may still have open
+    await settled(family.pool)  # its chunks are punched out of a file that the reader has open
     assert await read_snapshot(reader) == family.content
-    assert await read(handle, 0, SIZE) == family.content
     await reader.close()
-    await handle.close()
     assert await family.read(clone) == family.content
 
 
