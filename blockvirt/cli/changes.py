@@ -66,12 +66,12 @@ def diff(context: Context, old: str, new: str | None, output: str) -> None:
             return
         line = "{:d},{:d},{}" if output == "csv" else "{:>20d}  {:>20d}  {}"
         header = "offset_bytes,length_bytes,kind" if output == "csv" else f"{'OFFSET':>20}  {'LENGTH':>20}  KIND"
-        click.echo(header)
+        print(header)  # not click.echo: that would flush every line
         for each in _all(first, ranges):
-            click.echo(line.format(each["offset_bytes"], each["length_bytes"], "zero" if each["zero"] else "data"))
+            print(line.format(each["offset_bytes"], each["length_bytes"], "zero" if each["zero"] else "data"))
         if output == "table":
             data, zero = size_for_people(changes.data_bytes), size_for_people(changes.zero_bytes)
-            click.echo(f"{data} of data and {zero} of zeros, of {size_for_people(changes.size_bytes)}")
+            print(f"{data} of data and {zero} of zeros, of {size_for_people(changes.size_bytes)}")
 
 
 def _all(first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -81,14 +81,14 @@ def _all(first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]) -> Iterat
 
 
 def _print_json(changes: Changes, first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]) -> None:
-    click.echo('{"changes": [', nl=False)
+    print('{"changes": [', end="")
     separator = "\n  "
     for each in _all(first, rest):
-        click.echo(separator + json.dumps(each), nl=False)
+        print(separator + json.dumps(each), end="")
         separator = ",\n  "
     sums = {
         "data_bytes": changes.data_bytes,
         "zero_bytes": changes.zero_bytes,
         "size_bytes": changes.size_bytes,
     }
-    click.echo(f"\n], {json.dumps(sums)[1:]}")
+    print(f"\n], {json.dumps(sums)[1:]}")

@@ -190,9 +190,6 @@ def main() -> None:
         code = EXIT_FAILED if context is not None and context.command.name == "check" else error.exit_code
     except click.exceptions.Abort:
         code = 130
-    except BrokenPipeError:  # 'blockvirt volume list | head'
-        sys.stderr.close()
-        code = 141
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -18,6 +18,7 @@ import click
 from blockvirt.units import format_size
 
 Kind = Literal["text", "time", "size", "number", "percent", "duration"]
+EXIT_BROKEN_PIPE = 141  # what a shell makes of SIGPIPE
 _TO_THE_RIGHT = ("size", "number", "percent", "duration")
 
 
@@ -95,10 +96,10 @@ def whole_output() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough: that is no failure of ours
-        raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail again at exit
+        if isinstance(error, BrokenPipeError):  # who reads has seen enough; click itself would make a failure of it
+            raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from error
         raise click.ClickException(f"the output is not complete: {error.strerror}") from error
 
 

@@ -290,3 +290,19 @@ async def test_an_output_that_could_not_be_written_is_no_success(
         )
     _, err = await process.communicate()
     assert (process.returncode, err) == (1, b"Error: the output is not complete: No space left on device\n")
+
+
+@pytest.mark.parametrize("output", ["table", "json", "csv"])
+async def test_a_reader_that_has_seen_enough_ends_a_command(served: Api, tmp_path: Path, output: str) -> None:
+    """As 'blockvirt volume list | head' does: no word about it, and the exit code that a shell gives to SIGPIPE."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "blockvirt", "-s", str(tmp_path), "volume", "list", "-o", output),
+        stdout=write_end,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    os.close(write_end)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (141, b"")
