@@ -236,6 +236,7 @@ PLANTED = [
     (puts(Table.TRASH, b"v1", b""), {("trash-index", "volume web")}),
     (puts(Table.TRASH, b"v2", b""), {("trash-index", "volume web")}),
     (puts(Table.TRASH, b"v9", b""), {("trash-index", "trash v9")}),
+    (volume(importing="s9"), {("wrong-link", "volume web")}),
     (volume(TRASHED, purge_at_s=0.0), {("bad-value", "volume web")}),
     (puts(Table.VOLUME_NAMES, b"thrown", b"v3"), {("name-index", "volume name thrown")}),
     (
