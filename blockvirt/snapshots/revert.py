@@ -16,6 +16,7 @@ from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.snapshots import transactions
 from blockvirt.snapshots.catalogue import Snapshots
+from blockvirt.snapshots.transactions import Safety
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.promises import Promises
@@ -72,11 +73,10 @@ class Reverts:
         now_s = self._clock()
         if not safety and safety_name:
             raise InvalidRequest("a safety snapshot is named and not wanted", correction="leave out one of the two")
-        if safety and not safety_name:
-            moment = time.strftime("%Y%m%dt%H%M%S", time.gmtime(now_s))
-            safety_name = f"before-revert-{moment}-{int(now_s * 1000) % 1000:03d}z"
-        if safety:
+        if safety_name:
             check_name(safety_name, what="snapshot")
+        automatic = time.strftime("before-revert-%Y%m%dt%H%M%Sz", time.gmtime(now_s))
+        wanted = Safety(safety_name or automatic, not safety_name) if safety else None
         sessions = self._engine.registry.sessions_of(volume.id)
         in_the_way = f"{sessions} sessions have it open"
         obstacles = (in_the_way,) if sessions else ()
@@ -89,11 +89,11 @@ class Reverts:
                 correction="end them ('blockvirt session list'); or use force, and then 'blockvirt volume reopen'",
                 sessions=sessions,
             )
-        work = self._revert(volume, target, safety_name, now_s, force=force)
+        work = self._revert(volume, target, wanted, now_s, force=force)
         return await asyncio.shield(self._tasks.start(work, "revert", awaited=True))
 
     async def _revert(
-        self, volume: VolumeRecord, target: SnapshotRecord, safety_name: str, now_s: float, *, force: bool
+        self, volume: VolumeRecord, target: SnapshotRecord, safety: Safety | None, now_s: float, *, force: bool
     ) -> Revert:
         registry = self._engine.registry
         async with registry.set_aside(volume.id, refuse_sessions=not force) as dropped:
@@ -101,7 +101,7 @@ class Reverts:
             stopped = f"it was reverted to snapshot {target.name} under {dropped} sessions" if dropped else ""
             with self._promises.grant(target.size_bytes - volume.size_bytes):
                 done = await self._engine.store.commit(
-                    lambda writer: transactions.revert(writer, volume, target, safety_name, now_s, stopped)
+                    lambda writer: transactions.revert(writer, volume, target, safety, now_s, stopped)
                 )
         if done.job_id is not None:
             self._engine.jobs.wake(done.job_id)

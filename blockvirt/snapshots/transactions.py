@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from blockvirt.errors import BlockvirtError, Exists, InUse, LimitReached, NotFound, PreconditionFailed
 from blockvirt.ids import new_id
@@ -160,6 +161,15 @@ def set_hold(writer: Writer, snapshot_id: str, tag: str, *, hold: bool) -> Snaps
 
 
 @dataclass(frozen=True, slots=True)
+class Safety:
+    """The snapshot that a revert makes of what the volume held."""
+
+    name: str
+    automatic: bool
+    """Nobody asked for this very name: where it is taken, one like it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reverted:
     """What a revert did."""
 
@@ -170,11 +180,11 @@ class Reverted:
 
 
 def revert(
-    writer: Writer, before: VolumeRecord, target: SnapshotRecord, safety_name: str, now_s: float, stopped: str
+    writer: Writer, before: VolumeRecord, target: SnapshotRecord, safety: Safety | None, now_s: float, stopped: str
 ) -> Reverted:
     """Move a closed volume's head to a new branch that comes from ``target``; younger snapshots stay where they are.
 
-    With a ``safety_name`` the old head becomes a snapshot of that name. ``stopped`` says why NBD must refuse the volume
+    With ``safety`` the old head becomes a snapshot. ``stopped`` says why NBD must refuse the volume
     until it is reopened (empty: it need not). Raises NotFound, Exists, LimitReached, InUse (the volume changed).
     """
     volume = writer.record(VolumeRecord, Table.VOLUMES, before.id.encode())
@@ -185,21 +195,22 @@ def revert(
         raise NotFound(f"snapshot {before.name}@{target.name} was deleted meanwhile")
     old = writer.record(BranchRecord, Table.BRANCHES, number_key(volume.branch))
     assert old is not None
-    safety = None
-    if safety_name:
-        if refusal := check_new(writer, volume, safety_name):
+    kept = None
+    if safety is not None:
+        name = _free_name(writer, volume.id, safety.name) if safety.automatic else safety.name
+        if refusal := check_new(writer, volume, name):
             raise refusal
-        safety = SnapshotRecord(
+        kept = SnapshotRecord(
             id=new_id(),
             volume_id=volume.id,
-            name=safety_name,
+            name=name,
             branch=old.number,
             epoch=old.head_epoch,
             size_bytes=volume.size_bytes,
             created_s=now_s,
             mapped_chunks=old.mapped_chunks,
         )
-        put_new(writer, safety)
+        put_new(writer, kept)
     head = new_branch(writer, volume.id, target)
     if stopped:
         writer.put_record(Table.BRANCHES, number_key(head.number), replace(head, stopped=stopped))
@@ -208,4 +219,12 @@ def revert(
     writer.put_record(Table.VOLUMES, volume.id.encode(), changed)
     subject = f"{volume.name} before its revert to {target.name}"
     job_id = queue_reclaim(writer, old.number, old.head_epoch, subject=subject, volume_id=volume.id)
-    return Reverted(changed, safety, job_id)
+    return Reverted(changed, kept, job_id)
+
+
+def _free_name(reader: Reader, volume_id: str, name: str) -> str:
+    """Return ``name``, or it with the first number behind it that makes it a free one."""
+    candidates = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(
+        each for each in candidates if reader.get(Table.SNAPSHOT_NAMES, snapshot_name_key(volume_id, each)) is None
+    )
