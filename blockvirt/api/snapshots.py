@@ -17,6 +17,7 @@ from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.snapshots.catalogue import Deletion
 from blockvirt.snapshots.cloning import NewClone
+from blockvirt.snapshots.views import page_key
 from blockvirt.volumes.views import READ_BATCH
 
 operations = Operations("snapshots")
@@ -88,7 +89,7 @@ async def list_snapshots(call: Call, query: models.SnapshotListQuery) -> Reply:
     while True:
         page = await services.snapshots.list(volume_id, after=after, limit=query.limit)
         for number, view in enumerate(page.snapshots):
-            after = f"{view.volume_id}/{view.id}"
+            after = page_key(view)
             if labels.items() <= view.labels.items():
                 found.append(answers.snapshot(view, endpoints))
                 if len(found) == query.limit:
@@ -99,7 +100,7 @@ async def list_snapshots(call: Call, query: models.SnapshotListQuery) -> Reply:
             if page.next_after:
                 continue
         break
-    is_last = not page.next_after and (not page.snapshots or after.endswith(page.snapshots[-1].id))
+    is_last = not page.next_after and (not page.snapshots or after == page_key(page.snapshots[-1]))
     return Reply(
         models.SnapshotList(
             snapshots=found,

@@ -23,7 +23,17 @@ from blockvirt.snapshots import transactions
 from blockvirt.snapshots.freed import freed_by
 from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
 from blockvirt.snapshots.transactions import Wanted
-from blockvirt.snapshots.views import Page, Snapshot, new_view, parent_of, view, volume_snapshots, volume_tree
+from blockvirt.snapshots.views import (
+    Page,
+    Snapshot,
+    behind,
+    new_view,
+    page_key,
+    parent_of,
+    view,
+    volume_snapshots,
+    volume_tree,
+)
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine
@@ -160,8 +170,8 @@ class Snapshots:
         return await self._engine.context.threads.run(partial(self._list, volume, after, limit))
 
     def _list(self, volume: str | None, after: str, limit: int) -> Page:
-        """Volumes in the order of their ids, snapshots in that of creation: ``after`` is 'volume id/snapshot id'."""
-        after_volume, _, after_snapshot = after.partition("/")
+        """Volumes in the order of their ids, snapshots in that of creation; ``after`` is a ``page_key``."""
+        after_volume = after.partition("/")[0]
         found: list[Snapshot] = []
         with self._store.read() as reader:
             if volume is not None:
@@ -169,17 +179,22 @@ class Snapshots:
             else:
                 ids = [key.decode() for key, _ in reader.scan(Table.VOLUMES, start=after_volume.encode())]
             for volume_id in ids:
-                record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+                try:
+                    record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+                except DamagedRecord as error:
+                    if volume is not None:
+                        raise
+                    log.error("the snapshots of volume %s are not listed: %s", volume_id, error.message)
+                    continue
                 if record is None or record.trashed_s or record.deleting:
                     continue
-                records = volume_snapshots(reader, volume_id)
+                records = volume_snapshots(reader, volume_id, skip_damaged=True)
                 parents = volume_tree(reader, record, records).parents if records else {}
                 if volume_id == after_volume:
-                    places = [place for place, each in enumerate(records) if each.id == after_snapshot]
-                    records = records[places[0] + 1 :] if places else records
+                    records = behind(records, after)
                 for each in records:
                     if len(found) == limit:
-                        return Page(tuple(found), f"{found[-1].volume_id}/{found[-1].id}")
+                        return Page(tuple(found), page_key(found[-1]))
                     sessions = self._readers.sessions_of(each.id)
                     found.append(view(reader, each, parents, self._chunk_bytes, sessions))
         return Page(tuple(found), "")

@@ -1,13 +1,17 @@
 """What is told of snapshots: frozen views, read from several records at once. Sizes are bytes, times seconds."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from blockvirt.errors import DamagedRecord, InvalidRequest
 from blockvirt.meta.keys import Table, number_key, pair_key, split_point, split_volume_branch
 from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots.freed import freed_by
 from blockvirt.snapshots.lineage import Tree, tree
+
+log = logging.getLogger("blockvirt.snapshots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,38 @@ class Page:
     next_after: str
 
 
-def volume_snapshots(reader: Reader, volume_id: str) -> list[SnapshotRecord]:
-    """Return all snapshots of a volume, oldest first."""
+def page_key(snapshot: Snapshot) -> str:
+    """Return the key to go on after, which leads behind the snapshot even when that is gone."""
+    return f"{snapshot.volume_id}/{snapshot.id}/{snapshot.created_s!r}"
+
+
+def behind(records: list[SnapshotRecord], key: str) -> list[SnapshotRecord]:
+    """Return those of a volume's snapshots, oldest first, that come after the ``page_key`` of one of them.
+
+    Raises InvalidRequest where it is none.
+    """
+    try:
+        _, snapshot_id, created = key.split("/")
+        created_s = float(created)
+    except ValueError:
+        raise InvalidRequest("the place to go on after is none", correction="begin with the first page") from None
+    for place, record in enumerate(records):
+        if record.id == snapshot_id:
+            return records[place + 1 :]
+    return [record for record in records if record.created_s > created_s]
+
+
+def volume_snapshots(reader: Reader, volume_id: str, *, skip_damaged: bool = False) -> list[SnapshotRecord]:
+    """Return all snapshots of a volume, oldest first; raises DamagedRecord unless those are only logged."""
     found = []
     for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode()):
-        record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        try:
+            record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        except DamagedRecord as error:
+            if not skip_damaged:
+                raise
+            log.error("a snapshot of volume %s is left out: %s", volume_id, error.message)
+            continue
         if record is not None:
             found.append(record)
     return sorted(found, key=lambda each: (each.created_s, each.branch, each.epoch, each.id))

@@ -86,6 +86,15 @@ async def test_pages_labels_and_volumes(v: PoolApi) -> None:
     assert await v.refused("GET", "/v1/snapshots?label=odd") == (422, "invalid-argument")
 
 
+async def test_pages_go_on_behind_a_snapshot_that_went(v: PoolApi) -> None:
+    for number in range(5):
+        await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": f"s{number}"})
+    first = await v.ok("GET", "/v1/snapshots?limit=2")
+    await v.ok("DELETE", "/v1/snapshots/v@s1")
+    rest = await names(v, f"?limit=9&page_token={first['next_page_token']}")
+    assert rest == ["v@s2", "v@s3", "v@s4"]
+
+
 async def test_the_tree_is_told(v: PoolApi) -> None:
     for name in ("a", "b"):
         await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": name})
@@ -310,4 +319,13 @@ async def test_a_damaged_snapshot_is_said_to_be(short_tmp_path: Any) -> None:
         made = await api.ok("POST", "/v1/snapshots", {"volume": "v", "name": "s"})
         store = api.pool.engine.store
         await store.commit(lambda writer: writer.put(Table.SNAPSHOTS, made["id"].encode(), b"\1{}xxxx"))
+        await api.ok("POST", "/v1/snapshots", {"volume": "v", "name": "t"})
+        await api.ok("POST", "/v1/volumes", {"size": MIB, "name": "w"})
+        damaged = await api.ok("POST", "/v1/volumes", {"size": MIB, "name": "x"})
+        for name in ("w", "x"):
+            await api.ok("POST", "/v1/snapshots", {"volume": name, "name": "s"})
+        await store.commit(lambda writer: writer.put(Table.VOLUMES, damaged["id"].encode(), b"\1{}xxxx"))
         assert await api.refused("GET", "/v1/snapshots/v@s") == (503, "damaged-record")
+        assert sorted(await names(api)) == ["v@t", "w@s"], "the others go on"
+        assert await names(api, "?volume=v") == ["v@t"]
+        assert await api.refused("GET", "/v1/snapshots?volume=x") == (503, "damaged-record")
