@@ -65,22 +65,6 @@ def visible_through(reader: Reader, chain: Sequence[tuple[int, int]], leaf: int)
     return NO_ENTRIES
 
 
-def walk_visible(reader: Reader, chain: Sequence[tuple[int, int]]) -> "Iterator[tuple[int, int, array[int]]]":
-    """Yield (leaf number, branch it was found in, entries) of every leaf that a point sees, in order.
-
-    ``chain`` is the point's ``lineage``. Cost: the leaves of all its branches.
-    """
-    numbers: set[int] = set()
-    for branch, epoch in chain:
-        numbers.update(leaf for leaf, birth in leaf_births(reader, branch) if birth <= epoch)
-    for leaf in sorted(numbers):
-        for branch, epoch in chain:
-            found = visible_version(reader, branch, leaf, epoch)
-            if found is not None:
-                yield leaf, branch, found[1]
-                break
-
-
 def leaf_births(reader: Reader, branch: int) -> Iterator[tuple[int, int]]:
     """Yield (leaf number, birth) of every version in a branch, in order."""
     for key, _ in Reader.scan(reader, Table.LEAVES, prefix=number_key(branch)):

@@ -8,76 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.check import run
 from blockvirt.lun.address import FRESH
-from blockvirt.lun.leaf import NO_ENTRIES, decode, encode
-from blockvirt.meta.findings import Finding
 from blockvirt.meta.keys import Table, born_key, child_point_key, leaf_key, number_key, pair_key, split_leaf
-from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord, VolumeRecord, seal, unseal
-from blockvirt.meta.store import Store, Writer
-from blockvirt.volumes.checksums import put_checksums
-from blockvirt.volumes.deletion import _remove_volume
-from blockvirt.volumes.reclaim import _delete_rows
-from blockvirt.volumes.requests import NewVolume
+from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord, seal
+from blockvirt.meta.store import Writer
 from tests.snapshots.conftest import SnapshotPool
-from tests.snapshots.test_histories import History, settled
-from tests.volumes.conftest import abandon, until_punched, write
+from tests.snapshots.test_histories import History
+from tests.volumes.conftest import abandon
+from tests.volumes.proof_pool import COPY, WEB, alter, at_rest, check, messages, put, versions
 
 CHUNK = 4096
 SIZE = 600 * CHUNK
-WEB, COPY = 1, 2  # branches
-
-
-def check(pool: SnapshotPool, *, repair: bool = False) -> list[Finding]:
-    return list(run(pool.state_dir, repair=repair, restore_metadata=False).findings)
-
-
-def messages(pool: SnapshotPool) -> dict[tuple[str, str], str]:
-    return {(finding.code, finding.what): finding.message for finding in check(pool)}
-
-
-async def fill(pool: SnapshotPool, volume_id: str, chunks: list[int], content: int) -> None:
-    handle = await pool.open(volume_id)
-    for chunk in chunks:
-        await write(handle, chunk * CHUNK, bytes([content]) * CHUNK)
-    await handle.close()
-
-
-async def at_rest(tmp_path: Path) -> SnapshotPool:
-    """A pool at rest: web with monday (chunks 0 to 3), tuesday (0 is new, 520 too), itself (0 and 1 are new).
-
-    Two clones of monday: copy has a chunk of its own, bare has none.
-    """
-    pool = await SnapshotPool(tmp_path).start()
-    web = await pool.volume(SIZE, "web")
-    await fill(pool, web, [0, 1, 2, 3], 1)
-    await pool.snapshots.create({web: "monday"})
-    await fill(pool, web, [0, 520], 2)
-    await pool.snapshots.create({web: "tuesday"})
-    await fill(pool, web, [0, 1], 3)
-    origin = pool.snapshots.find("web@monday")
-    copy = (await pool.catalogue.create(NewVolume(size_bytes=SIZE, name="copy"), origin=origin)).volume.id
-    await pool.catalogue.create(NewVolume(size_bytes=SIZE, name="bare"), origin=origin)
-    await fill(pool, copy, [2], 4)
-    await until_punched(pool)
-    await pool.close()
-    return pool
-
-
-def alter(pool: SnapshotPool, change: Callable[[Writer], object]) -> None:
-    store = Store.open(pool.state_dir / "metadata", reserve_bytes=0)
-    store.commit_now(change)
-    store.close()
-
-
-def versions(writer: Writer, branch: int, leaf: int) -> list[tuple[bytes, "array[int]"]]:
-    """The versions of a leaf, oldest first: (key, entries)."""
-    rows = writer.scan(Table.LEAVES, prefix=leaf_key(branch, leaf, 0)[:12])
-    return [(key, decode(unseal(key, stored, what="leaf"))) for key, stored in rows]
-
-
-def put(writer: Writer, key: bytes, entries: "array[int]") -> None:
-    writer.put(Table.LEAVES, key, seal(key, encode(entries)))
 
 
 def edits(
@@ -267,31 +208,22 @@ async def test_branches_that_come_from_one_another_do_not_hang_the_proof(tmp_pat
     assert ("branch-unreadable", "branch 1") in messages(pool)
 
 
-async def test_a_dead_version_is_a_leak_and_its_repair_frees_what_it_held(tmp_path: Path) -> None:
+async def test_what_is_to_be_freed_is_dead_and_was_handed_out(tmp_path: Path) -> None:
     pool = await at_rest(tmp_path)
 
-    def change(writer: Writer) -> None:  # tuesday goes without a row for the reclaim
-        for key, _ in writer.scan(Table.SNAPSHOTS):
-            snapshot = writer.record(SnapshotRecord, Table.SNAPSHOTS, key)
-            assert snapshot is not None
-            if snapshot.name == "tuesday":
-                writer.delete(Table.SNAPSHOTS, key)
-                writer.delete(Table.SNAPSHOT_NAMES, f"{snapshot.volume_id}/tuesday".encode())
-                for point, _ in writer.scan(Table.POINTS):
-                    if point.endswith(key):
-                        writer.delete(Table.POINTS, point)
+    def change(writer: Writer) -> None:
+        for chunk, count in ((4, 1), (7, 2)):
+            key = pair_key(1, chunk)
+            writer.put(Table.PUNCH, key, seal(key, count.to_bytes(8, "little")))
 
     alter(pool, change)
-    (found,) = check(pool)
-    assert (found.severity.value, found.code, found.what) == ("leak", "version-dead", "leaf 0 of branch 1")
-    assert check(pool, repair=True) == []
-    assert check(pool) == [], "a reclaim is pending"
-    await pool.start()
-    await settled(pool)
-    with pool.engine.store.read() as reader:
-        assert len(list(reader.scan(Table.LEAVES, prefix=number_key(WEB)))) == 3
-    await pool.close()
-    assert check(pool) == []
+    found = [(finding.code, finding.what, finding.message) for finding in check(pool)]
+    users = "; concerns web, web@monday, web@tuesday, copy, bare"
+    assert found == [
+        ("punch-live", "backing file 1", f"chunk 4 is to be freed and is live{users}"),
+        ("punch-beyond", "backing file 1", "chunks 7 to 8 are to be freed, 8 were handed out"),
+        ("punch-live", "backing file 1", f"chunk 7 is to be freed and is live{users}"),
+    ]
 
 
 async def test_a_pending_reclaim_excuses_its_own_gap_alone(tmp_path: Path) -> None:
@@ -306,74 +238,6 @@ async def test_a_pending_reclaim_excuses_its_own_gap_alone(tmp_path: Path) -> No
 
     alter(pool, change)
     assert ("version-dead", "leaf 0 of branch 1") in messages(pool)
-
-
-async def test_a_branch_that_is_being_removed_may_be_half_gone_but_not_forgotten(tmp_path: Path) -> None:
-    pool = await at_rest(tmp_path)
-
-    def purge(writer: Writer) -> None:  # as far as the commit that takes the volume's record away
-        volume_id = writer.get(Table.VOLUME_NAMES, b"copy")
-        assert volume_id is not None
-        writer.delete(Table.VOLUME_NAMES, b"copy")
-        assert _remove_volume(volume_id.decode(), writer) == [COPY]
-
-    def forget(writer: Writer) -> None:
-        ((key, _),) = writer.scan(Table.RECLAIM)
-        writer.delete(Table.RECLAIM, key)
-
-    alter(pool, purge)
-    assert check(pool) == []
-    (file,) = (pool.device / "files").glob("00000002-*")
-    file.unlink()
-    assert check(pool) == []
-    alter(pool, lambda writer: _delete_rows(Table.LEAVES, number_key(COPY), writer))
-    assert check(pool) == []
-    alter(pool, forget)
-    assert [(found.severity.value, found.code, found.what) for found in check(pool)] == [
-        ("leak", "orphan-branch", "branch 2")
-    ]
-    assert check(pool, repair=True) == []
-    assert check(pool) == []
-    await pool.start()
-    await settled(pool)
-    with pool.engine.store.read() as reader:
-        assert reader.get(Table.BRANCHES, number_key(COPY)) is None
-    await pool.close()
-    assert check(pool) == []
-
-
-async def test_rows_that_nobody_refers_to_are_removed_and_a_lost_purge_is_done(tmp_path: Path) -> None:
-    pool = await at_rest(tmp_path)
-
-    def change(writer: Writer) -> None:
-        put(writer, leaf_key(99, 0, 1), NO_ENTRIES)
-        writer.put(Table.BORN, born_key(99, 1, 0), b"")
-        writer.put(Table.BORN, born_key(99, 1, 5), b"")
-        writer.put(Table.RECLAIM, pair_key(99, 1), b"")
-        writer.put(Table.SEALS, pair_key(99, 1), b"")
-        punch = pair_key(98, 0)
-        writer.put(Table.PUNCH, punch, seal(punch, (1).to_bytes(8, "little")))
-        put_checksums(writer, {98 << 28: 1})
-        volume_id = writer.get(Table.VOLUME_NAMES, b"bare")
-        assert volume_id is not None
-        volume = writer.record(VolumeRecord, Table.VOLUMES, volume_id)
-        assert volume is not None
-        writer.put_record(Table.VOLUMES, volume_id, replace(volume, deleting=True))
-        writer.delete(Table.VOLUME_NAMES, b"bare")
-
-    alter(pool, change)
-    assert {finding.code for finding in check(pool)} == {
-        *("orphan-leaf", "orphan-birth", "orphan-reclaim", "orphan-seal", "orphan-punch", "orphan-checksums"),
-        "orphan-deletion",
-    }
-    assert check(pool, repair=True) == []
-    assert check(pool) == []
-    await pool.start()
-    await settled(pool)
-    with pool.engine.store.read() as reader:
-        assert reader.count(Table.VOLUMES) == 2
-    await pool.close()
-    assert check(pool) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
