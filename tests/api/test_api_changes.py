@@ -103,6 +103,8 @@ async def test_exactly_what_was_written(v: PoolApi) -> None:
     page = await v.ok("GET", "/v1/snapshots/v@b/changes?since=v@a")
     assert page == {"changes": expected, "size_bytes": SIZE, "chunk_bytes": CHUNK}
     assert await everything(v, "/v1/volumes/v", "v@a") == expected
+    inside = await v.ok("GET", f"/v1/snapshots/v@b/changes?since=v@a&offset={CHUNK + 512}&limit=1")
+    assert inside["changes"] == [{"offset_bytes": CHUNK + 512, "length_bytes": CHUNK - 512, "zero": False}]
     assert await everything(v, "/v1/snapshots/v@b", "v@b") == []
     assert await everything(v, "/v1/snapshots/v@a") == [{"offset_bytes": 0, "length_bytes": 3 * CHUNK, "zero": False}]
 

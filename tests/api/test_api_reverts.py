@@ -39,6 +39,13 @@ async def test_back_and_forth(v: PoolApi) -> None:
     assert "safety" not in back
     assert await v.read("v", 0, 2 * CHUNK) == b"b" * 2 * CHUNK
     assert await names(v) == ["s", done["safety"]["name"]]
+    assert "origin" not in await v.ok("GET", "/v1/volumes/v"), "it came from itself"
+    same = await v.call("POST", "/v1/volumes", {"name": "v", "size": MIB})
+    assert (same.status, same.json["id"]) == (200, done["volume"]["id"])
+    await v.ok("POST", "/v1/snapshots/v@s/clone", {"name": "c"})
+    await v.ok("POST", "/v1/snapshots", {"volume": "c", "name": "t"})
+    await v.ok("POST", "/v1/snapshots/c@t/revert")
+    assert (await v.ok("GET", "/v1/volumes/c"))["origin"] == "v@s", "by way of its own snapshot"
 
 
 async def test_a_dry_run_changes_nothing(v: PoolApi) -> None:

@@ -7,6 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from blockvirt.api import idempotency
+from blockvirt.api.paging import page_token
 from blockvirt.meta.keys import Table
 from blockvirt.units import KIB, MIB
 from tests.api.conftest import PoolApi, serve_pool
@@ -82,6 +83,10 @@ async def test_pages_labels_and_volumes(v: PoolApi) -> None:
     token = first["next_page_token"]
     assert await names(v, f"?volume=v&label=odd=0&limit=2&page_token={token}") == ["v@s4"]
     assert await v.refused("GET", f"/v1/snapshots?volume=v&page_token={token}") == (422, "invalid-argument")
+    volume_id = first["snapshots"][0]["volume_id"]
+    for forged in (volume_id, f"{volume_id}/x", f"{volume_id}/x/y", f"{volume_id}/x/1.0/2"):
+        query = f"?page_token={page_token('snapshots&', forged)}"
+        assert await v.refused("GET", f"/v1/snapshots{query}") == (422, "invalid-argument"), forged
     assert await v.refused("GET", "/v1/snapshots?volume=none") == (404, "not-found")
     assert await v.refused("GET", "/v1/snapshots?label=odd") == (422, "invalid-argument")
 
