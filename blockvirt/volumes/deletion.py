@@ -26,11 +26,9 @@ from blockvirt.meta.keys import (
 from blockvirt.meta.records import BranchRecord, JobRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Store, Writer
 from blockvirt.volumes.jobs import Running, queue_job
-from blockvirt.volumes.reclaim import Reclaimer
+from blockvirt.volumes.reclaim import PURGE, Reclaimer
 
 log = logging.getLogger("blockvirt.deletion")
-
-PURGE = "purge"
 
 
 def queue_purge(writer: Writer, volume: VolumeRecord) -> str:

@@ -36,14 +36,14 @@ from blockvirt.pool.devices import claim_all
 from blockvirt.pool.lock import lock_pool
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.context import VolumeContext
-from blockvirt.volumes.deletion import PURGE, Purger
+from blockvirt.volumes.deletion import Purger
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.jobs import JobBoard
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.pressure import WritePressure
 from blockvirt.volumes.punch import Puncher
-from blockvirt.volumes.reclaim import RECLAIM, Reclaimer, adopt_rows
+from blockvirt.volumes.reclaim import PURGE, RECLAIM, Reclaimer, adopt_rows
 from blockvirt.volumes.registry import VolumeRegistry
 from blockvirt.volumes.storage import PoolStorage
 

@@ -28,6 +28,7 @@ from blockvirt.volumes.versions import free_gap, is_pinned, next_point, previous
 log = logging.getLogger("blockvirt.reclaim")
 
 RECLAIM = "reclaim"
+PURGE = "purge"
 
 
 def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volume_id: str = "") -> str | None:
@@ -54,20 +55,25 @@ def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volu
 
 def adopt_rows(writer: Writer) -> None:
     """Queue a job for every row that has none: of a purge that ended early, or put there by a repair. At start."""
-    claimed = set()
+    claimed: set[tuple[int, int]] = set()
+    purging: set[str] = set()
     for key, _ in writer.scan(Table.JOBS):
         try:
             job = writer.record(JobRecord, Table.JOBS, key)
         except DamagedRecord as error:
             log.error("%s", error)
             continue
-        if job is not None and job.state not in (State.DONE, State.CANCELLED):
-            claimed.add((job.branch, job.position) if job.kind == RECLAIM else job.volume_id)
+        if job is None or job.state in (State.DONE, State.CANCELLED):
+            continue
+        if job.kind == RECLAIM:
+            claimed.add((job.branch, job.position))
+        elif job.kind == PURGE:  # does all rows of its volume
+            purging.add(job.volume_id)
     for key, _ in writer.scan(Table.RECLAIM):
         branch, epoch = split_pair(key)
         record = writer.record(BranchRecord, Table.BRANCHES, number_key(branch))
         volume_id = record.volume_id if record is not None else ""
-        if (branch, epoch) not in claimed and volume_id not in claimed:
+        if (branch, epoch) not in claimed and volume_id not in purging:
             queue_reclaim(writer, branch, epoch, subject=f"branch {branch}", volume_id=volume_id)
 
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from blockvirt.errors import InvalidRequest
 from blockvirt.snapshots.changes import Point, chain_of, changes
+from blockvirt.snapshots.flatten import FLATTEN
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.requests import NewVolume, VolumeChange
 from tests.snapshots.conftest import SnapshotPool
@@ -67,6 +68,8 @@ class Volumes(RuleBasedStateMachine):
         self.volumes: list[Model] = []
         self.made = 0
         self.clock = 0
+        self.may_leak = False
+        """A flatten was killed: copies that it had not brought into the map may be left over."""
         self.new_volume()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -83,7 +86,7 @@ class Volumes(RuleBasedStateMachine):
         for volume in self.volumes:
             await self.shut(volume)
         await settled(self.pool)
-        found = findings(self.pool, leaks=True)
+        found = findings(self.pool, leaks=not self.may_leak)
         await self.pool.close()
         assert not found
 
@@ -240,6 +243,8 @@ class Volumes(RuleBasedStateMachine):
 
     @rule()
     def kill_and_start_again(self) -> None:
+        self.may_leak |= any(job.state in ("queued", "running") for job in self.pool.engine.jobs.list(kind=FLATTEN))
+
         async def work() -> None:
             self.pool.sealer.cancel()
             await abandon(self.pool, power_cut=False)
