@@ -3,12 +3,12 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from blockvirt import __version__
-from blockvirt.cli.connection import Connection, NotHttp, connect_unix
+from blockvirt.cli.connection import Answer, Connection, NotHttp, connect_unix
 from blockvirt.errors import BlockvirtError, InvalidRequest
 
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")  # RFC 3986, 2.3
@@ -62,14 +62,40 @@ class Client:
         self, method: str, path: str, body: Any = None, *, query: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the daemon's JSON answer; raises Refused for a problem document and Unreachable for none."""
+        if body is None:
+            return self._json(self._request(method, path, query, {}, b""))
+        return self._json(
+            self._request(method, path, query, {"Content-Type": "application/json"}, json.dumps(body).encode())
+        )
+
+    def send_stream(self, path: str, blocks: Iterable[bytes]) -> dict[str, Any]:
+        """POST blocks as they come and return the JSON answer; raises as ``call``, and what ``blocks`` raises."""
+        return self._json(self._request("POST", path, None, {"Content-Type": "application/octet-stream"}, blocks))
+
+    def take_stream(self, path: str, query: Mapping[str, Any]) -> Iterator[bytes]:
+        """Return the blocks of an answer as they come, or raise as ``call``; they raise NotHttp, OSError."""
+        response = self._request("GET", path, query, {}, b"")
+        if response.status != 200:
+            self._json(response)
+            raise self._stranger()
+        return response.blocks()
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes],
+    ) -> Answer:
         target = path + (f"?{query_of(query)}" if query else "")
-        headers = {"User-Agent": f"blockvirt/{__version__}"}
-        data = b""
-        if body is not None:
-            data = json.dumps(body).encode()
-            headers["Content-Type"] = "application/json"
         try:
-            response = self._connection.request(method, target, headers, data)
+            return self._connection.request(method, target, {"User-Agent": f"blockvirt/{__version__}", **headers}, body)
+        except (OSError, NotHttp) as error:
+            raise self._unreachable(error) from error
+
+    def _json(self, response: Answer) -> dict[str, Any]:
+        try:
             raw = response.read()
         except (OSError, NotHttp) as error:
             raise self._unreachable(error) from error
@@ -78,9 +104,7 @@ class Client:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Unreachable(
-                f"what answers at {self._where} is no blockvirt", correction="check --url and BLOCKVIRT_URL"
-            )
+            raise self._stranger()
         if response.status >= 400 and "code" in answer:
             raise Refused(answer)
         return answer
@@ -103,6 +127,9 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def _stranger(self) -> Unreachable:
+        return Unreachable(f"what answers at {self._where} is no blockvirt", correction="check --url and BLOCKVIRT_URL")
 
     def _unreachable(self, error: Exception) -> Unreachable:
         if isinstance(error, PermissionError):

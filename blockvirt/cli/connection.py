@@ -1,15 +1,16 @@
 """HTTP/1.1 as a client speaks it to one daemon (RFC 9112): a request at a time over one kept socket.
 
 ``http.client`` of the standard library brings ``email`` and ``ssl`` with it, 20 ms that every command would wait for.
-A body is read block by block, so what is larger than memory can pass through.
+Bodies are read and sent block by block, so what is larger than memory can pass through.
 """
 
 import re
+import select
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
-from blockvirt.limits import CLI_MAX_ANSWER_BYTES, CLI_MAX_HEAD_BYTES
+from blockvirt.limits import CLI_MAX_ANSWER_BYTES, CLI_MAX_HEAD_BYTES, STREAM_IDLE_S
 from blockvirt.unix_listener import check_unix_path
 
 _BLOCK_BYTES = 64 * 1024
@@ -59,19 +60,29 @@ class Connection:
         self._stream: BinaryIO | None = None
         self._answering = False  # from a request on until its answer was read to the end
 
-    def request(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
-        """Send a request and return the answer to it; ``target`` is percent-encoded. Raises NotHttp, OSError."""
+    def request(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | Iterable[bytes] = b""
+    ) -> Answer:
+        """Send a request and return the answer to it; ``target`` is percent-encoded. Raises NotHttp, OSError.
+
+        A body in blocks is sent as they come, without a length; what is left of it is not, once an answer comes.
+        """
         if self._answering:
             self.close()
         sock, stream = self._connected()
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self._host}", *(f"{k}: {v}" for k, v in headers.items())]
-        if body or method in _WITH_CONTENT:
-            lines.append(f"Content-Length: {len(body)}")
+        whole = True
         self._answering = True
-        sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+        if isinstance(body, bytes):
+            if body or method in _WITH_CONTENT:
+                lines.append(f"Content-Length: {len(body)}")
+            sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+        else:
+            sock.sendall("\r\n".join([*lines, "Transfer-Encoding: chunked", "", ""]).encode("ascii"))
+            whole = _send_chunks(sock, body)
         minor, status, answered = _head(stream)
         options = answered.get("connection", "").lower().replace(" ", "").split(",")
-        keep = "close" not in options and (minor == 1 or "keep-alive" in options)
+        keep = whole and "close" not in options and (minor == 1 or "keep-alive" in options)
         return Answer(status, answered, self._body(stream, status, answered, keep=keep))
 
     def close(self) -> None:
@@ -108,6 +119,28 @@ class Connection:
         self._answering = False
         if not keep:
             self.close()
+
+
+def _send_chunks(sock: socket.socket, blocks: Iterable[bytes]) -> bool:
+    """Send a chunked body (section 7.1); False where an answer comes before its end (section 9.5: none is needed)."""
+    chunks = (b"%x\r\n%b\r\n" % (len(block), block) for block in blocks if block)  # an empty one would be the end
+    return all(_send(sock, chunk) for chunk in chunks) and _send(sock, b"0\r\n\r\n")
+
+
+def _send(sock: socket.socket, data: bytes) -> bool:
+    """Send ``data``; False where the server answers, or closes, instead of taking it. Raises TimeoutError."""
+    left = memoryview(data)
+    while left:
+        readable, writable, _ = select.select([sock], [sock], [], STREAM_IDLE_S)
+        if readable:
+            return False
+        if not writable:
+            raise TimeoutError(f"nothing was taken for {STREAM_IDLE_S:g} s")
+        try:
+            left = left[sock.send(left) :]
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+    return True
 
 
 def _line(stream: BinaryIO, room_bytes: int) -> bytes:

@@ -14,6 +14,7 @@ from blockvirt.cli.job_progress import wait_for
 from blockvirt.cli.output import Column, output_option, show_one, show_rows, size_for_people
 from blockvirt.cli.snapshot_tree import tree_rows
 from blockvirt.cli.snapshot_use import clone, revert
+from blockvirt.cli.streams import export, import_
 from blockvirt.errors import InvalidRequest
 
 TREE = (
@@ -62,7 +63,7 @@ def snapshot_group() -> None:
     """Take snapshots of volumes, and use them. A snapshot is called VOLUME@NAME; its id will do too."""
 
 
-for _command in (revert, clone, diff):
+for _command in (revert, clone, diff, export, import_):
     snapshot_group.add_command(_command)
 
 
