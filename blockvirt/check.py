@@ -20,6 +20,7 @@ from blockvirt.meta.verify import verify_pages, verify_records
 from blockvirt.pool.backing import backing_path
 from blockvirt.pool.devices import COPIES, FILES, claim_all
 from blockvirt.pool.lock import lock_pool
+from blockvirt.volumes.data_proof import DataProof, Progress
 from blockvirt.volumes.deletion import queue_purge
 from blockvirt.volumes.engine import EngineSettings, members_of, pool_record, volume_context
 from blockvirt.volumes.io_threads import IoThreads
@@ -52,9 +53,18 @@ class Report:
         return LEAKS if kinds else CLEAN
 
 
-def run(state_dir: Path, *, repair: bool, restore_metadata: bool, devices: Sequence[Path] = ()) -> Report:
+def run(
+    state_dir: Path,
+    *,
+    repair: bool,
+    restore_metadata: bool,
+    devices: Sequence[Path] = (),
+    data: bool = False,
+    progress: Progress = lambda done_bytes, total_bytes: None,
+) -> Report:
     """Check the pool in ``state_dir``, which no daemon may hold.
 
+    ``data`` also reads every chunk that a snapshot has sealed, and compares it with its checksum; ``progress`` is told.
     ``repair`` frees leaks, if nothing else was found: what seems to be nobody's may belong to what was not seen.
     ``restore_metadata`` first puts the newest intact copy of the metadata in place; it is looked for on ``devices`` and
     where the daemon noted its devices last; intact metadata is never replaced.
@@ -77,10 +87,10 @@ def run(state_dir: Path, *, repair: bool, restore_metadata: bool, devices: Seque
             return _report(pages, "the rest was not looked at: with damaged pages nothing can be trusted")
         store = Store.open(metadata, reserve_bytes=0)
         stack.callback(store.close)
-        return _check_store(store, stack, repair=repair, note=restored)
+        return _check_store(store, stack, repair=repair, note=restored, progress=progress if data else None)
 
 
-def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> Report:
+def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str, progress: Progress | None) -> Report:
     with store.read() as reader:
         findings = list(verify_records(reader, _decoded_later))
         members = members_of(reader)
@@ -91,9 +101,12 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str) -> 
     stack.callback(storage.release)
     out_of_use = {status.id: status for status in storage.list() if status.state != "online"}
     findings += [_of_device(status) for status in out_of_use.values()]
-    proof = MapProof(volume_context(EngineSettings(), pool, storage, store, threads))
+    context = volume_context(EngineSettings(), pool, storage, store, threads)
+    proof = MapProof(context)
     unseen = {status.id for status in out_of_use.values() if status.state not in _DAMAGED}
     findings += _believable(proof.run(), _half_seen(store, storage.paths(), unseen))
+    if progress is not None:
+        findings += DataProof(context, proof.volume_chunk, progress).run()
     if repair and all(finding.severity is Severity.LEAK for finding in findings):
         store.commit_now(lambda writer: remove_orphans(writer, queue_purge))
         proof.repair()

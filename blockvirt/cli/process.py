@@ -9,7 +9,7 @@ import click
 
 from blockvirt.cli.client import EXIT_FAILED
 from blockvirt.cli.context import Context, pass_context
-from blockvirt.cli.output import Column, output_option, show_one, show_rows
+from blockvirt.cli.output import Column, output_option, show_one, show_rows, size_for_people
 
 if TYPE_CHECKING:
     from blockvirt.volumes.ports import Endpoints
@@ -112,9 +112,12 @@ def _with_host(address: str | None) -> str | None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where to look for copies, if the metadata is too damaged to name its devices; may be repeated.",
 )
+@click.option("--data", is_flag=True, help="Also read all chunks that a snapshot has sealed, and compare checksums.")
 @output_option
 @pass_context
-def check(context: Context, repair: bool, restore_metadata: bool, devices: Sequence[Path], output: str) -> int:
+def check(
+    context: Context, repair: bool, restore_metadata: bool, devices: Sequence[Path], data: bool, output: str
+) -> int:
     """Prove the pool's invariants over metadata and files, offline: the daemon must not run.
 
     \b
@@ -126,7 +129,14 @@ def check(context: Context, repair: bool, restore_metadata: bool, devices: Seque
     """
     from blockvirt.check import run
 
-    report = run(Path(context.state_dir), repair=repair, restore_metadata=restore_metadata, devices=tuple(devices))
+    report = run(
+        Path(context.state_dir),
+        repair=repair,
+        restore_metadata=restore_metadata,
+        devices=tuple(devices),
+        data=data,
+        progress=_show_reading if sys.stderr.isatty() else lambda done_bytes, total_bytes: None,
+    )
     findings = [
         {"severity": each.severity.value, "code": each.code, "what": each.what, "message": each.message}
         for each in report.findings
@@ -137,6 +147,11 @@ def check(context: Context, repair: bool, restore_metadata: bool, devices: Seque
         show_rows(findings, FINDINGS, output)
     click.echo(report.summary, err=output != "table")
     return int(report.exit_code)
+
+
+def _show_reading(done_bytes: int, total_bytes: int) -> None:
+    end = "\n" if done_bytes == total_bytes else ""
+    click.echo(f"\rread {size_for_people(done_bytes)} of {size_for_people(total_bytes)}{end}", nl=False, err=True)
 
 
 @click.command("status")

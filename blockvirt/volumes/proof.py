@@ -61,6 +61,12 @@ class MapProof:
         self._strangers()
         return self.findings
 
+    def volume_chunk(self, number: int, chunk: int) -> int | None:
+        """Return which chunk of its volume lies at a place of a backing file, after ``run``; None: nobody's."""
+        proof = self._files.get(number)
+        is_live = proof is not None and chunk < len(proof.live) and proof.live[chunk] == LIVE
+        return proof.where[chunk] if proof is not None and is_live else None
+
     def _corrupt(self, code: str, what: str, message: str) -> None:
         self.findings.append(corrupt(code, what, message))
 
