@@ -1,0 +1,397 @@
+"""Imports that do not come to their end: whatever ends them, the volume is what it was, and nothing else is there."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockvirt.errors import (
+    BlockvirtError,
+    DataDamaged,
+    Exists,
+    InUse,
+    InvalidSize,
+    NotFound,
+    PoolFull,
+    StreamDamaged,
+)
+from blockvirt.limits import STREAM_MAX_DATA_BYTES
+from blockvirt.meta.keys import Table
+from blockvirt.snapshots import importing
+from blockvirt.snapshots.stream_format import StreamBase
+from blockvirt.snapshots.stream_reader import StreamData, StreamDecoder, StreamEvent
+from blockvirt.volumes.requests import VolumeChange
+from tests.snapshots.stream_pools import CHUNK, StreamPool, names, pieces, pool_in
+from tests.snapshots.streams import header_for, stream_of
+from tests.volumes.conftest import abandon, findings, read, until, until_punched, write
+
+SIZE = 600 * CHUNK
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def here(tmp_path: Path) -> AsyncIterator[StreamPool]:
+    pool = await pool_in(tmp_path / "here")
+    yield pool
+    await pool.close()
+
+
+class Receiver:
+    """A pool into which volume 'web' comes; it can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool: StreamPool
+
+    async def start(self) -> StreamPool:
+        self.pool = await StreamPool(self.folder).start()
+        return self.pool
+
+
+@pytest.fixture
+async def receiver(tmp_path: Path) -> AsyncIterator[Receiver]:
+    """Afterwards its metadata and files are sound, without a leak."""
+    made = Receiver(tmp_path / "there")
+    made.folder.mkdir()
+    await made.start()
+    yield made
+    await until_done(made.pool)
+    assert findings(made.pool, leaks=True) == []
+    await made.pool.close()
+
+
+async def until_done(pool: StreamPool) -> None:
+    """Return when no job is left to do, and all freed space is given back."""
+    board = pool.engine.jobs
+    await until(lambda: not board.list(state="running") and not board.list(state="queued"))
+    await until_punched(pool)
+
+
+class Chain:
+    """Two streams: 'web' whole, as it was at 's0', and what 's1' has differently."""
+
+    def __init__(self, first: bytes, second: bytes, contents: list[bytes]) -> None:
+        self.first = first
+        self.second = second
+        self.contents = contents
+
+
+async def chain(pool: StreamPool) -> Chain:
+    """Make them: at 's1' parts are overwritten, trimmed, and new."""
+    volume = await pool.volume(SIZE, "web")
+    handle = await pool.open(volume)
+    await write(handle, 0, os.urandom(40 * CHUNK))
+    await pool.snapshots.create({volume: "s0"})
+    await write(handle, 10 * CHUNK, os.urandom(20 * CHUNK))
+    await handle.zero(2 * CHUNK, 3 * CHUNK, punch=True)
+    await write(handle, 550 * CHUNK, os.urandom(CHUNK))
+    await handle.close()
+    await pool.snapshots.create({volume: "s1"})
+    contents = [await pool.content("web@s0"), await pool.content("web@s1")]
+    return Chain(await pool.export("web@s0"), await pool.export("web@s1", "web@s0"), contents)
+
+
+async def check_untouched(pool: StreamPool, chain: Chain, *, base: bool) -> None:
+    """The receiver holds 's0' and nothing else; without a base nothing at all."""
+    assert pool.catalogue.count() == base
+    assert not pool.imports.running
+    assert pool.catalogue.promised_bytes == (SIZE if base else 0)
+    if base:
+        assert names(each for each in [pool.snapshots.find("web@s0")]) == ["s0"]
+        assert len((await pool.snapshots.list("web")).snapshots) == 1
+        assert await pool.head("web") == chain.contents[0]
+
+
+def places(stream: bytes) -> Iterator[int]:
+    """Where to cut: within the first bytes, within the last, and all over."""
+    yield from (0, 1, 7, 16, 20, 25)
+    yield from range(100, len(stream), len(stream) // 12)
+    yield from (len(stream) - 70, len(stream) - 33, len(stream) - 1)
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_a_cut_stream_leaves_nothing(here: StreamPool, receiver: Receiver, base: bool) -> None:
+    sent, there = await chain(here), receiver.pool
+    if base:
+        await there.take_in("web", sent.first)
+    stream = sent.second if base else sent.first
+    for place in places(stream):
+        with pytest.raises(StreamDamaged):
+            await there.take_in("web", stream[:place], piece_bytes=10_000)
+        await check_untouched(there, sent, base=base)
+    await there.take_in("web", stream)
+    assert await there.head("web") == sent.contents[base]
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_an_altered_stream_leaves_nothing(here: StreamPool, receiver: Receiver, base: bool) -> None:
+    sent, there = await chain(here), receiver.pool
+    if base:
+        await there.take_in("web", sent.first)
+    stream = sent.second if base else sent.first
+    for place in places(stream):
+        altered = bytearray(stream)
+        altered[place] ^= 0x40
+        with pytest.raises(BlockvirtError):
+            await there.take_in("web", bytes(altered), piece_bytes=10_000)
+        await check_untouched(there, sent, base=base)
+
+
+async def test_what_was_whole_stays(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    with pytest.raises(StreamDamaged) as refusal:
+        await there.take_in("web", sent.first + sent.second[:-1])
+    assert refusal.value.details["imported"] == ["s0"]
+    await check_untouched(there, sent, base=True)
+    with pytest.raises(StreamDamaged, match="no snapshot stream begins there"):
+        await there.take_in("web", sent.second + b"garbage")
+    assert await there.content("web@s1") == sent.contents[1]
+
+
+class Gate:
+    """A stream that stops half way until it is let through."""
+
+    def __init__(self, stream: bytes, place: int) -> None:
+        self._stream = stream
+        self._place = place
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        async for piece in pieces(self._stream[: self._place], 10_000):
+            yield piece
+        self.reached.set()
+        await self.open.wait()
+        yield self._stream[self._place :]
+
+
+async def test_nobody_else_may_use_the_volume_meanwhile(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    await there.take_in("web", sent.first)
+    volume = there.catalogue.get("web").id
+    gate = Gate(sent.second, len(sent.second) // 2)
+    running = asyncio.create_task(there.imports.run("web", gate.pieces()))
+    await gate.reached.wait()
+    with pytest.raises(InUse, match="being imported"):
+        await there.open(volume)
+    with pytest.raises(InUse, match="being imported"):
+        await there.take_in("web", sent.second)
+    with pytest.raises(InUse, match="being imported"):
+        await there.snapshots.create({volume: "half"})
+    with pytest.raises(InUse, match="being imported"):
+        await there.snapshots.delete(["web@s0"], force=True)
+    with pytest.raises(InUse, match="being imported"):
+        await there.reverts.revert("web@s0")
+    with pytest.raises(InUse, match="being imported"):
+        await there.catalogue.delete("web", force=True, purge=True)
+    with pytest.raises(InUse, match="being imported"):
+        await there.catalogue.change("web", VolumeChange(size_bytes=2 * SIZE))
+    assert await there.content("web@s0") == sent.contents[0]
+    gate.open.set()
+    assert names(await running) == ["s1"]
+    assert await there.head("web") == sent.contents[1]
+
+
+async def test_two_that_make_one_volume(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    gate = Gate(sent.first, len(sent.first) // 2)
+    running = asyncio.create_task(there.imports.run("web", gate.pieces()))
+    await gate.reached.wait()
+    with pytest.raises(Exists):
+        await there.take_in("web", sent.first)
+    gate.open.set()
+    assert names(await running) == ["s0"]
+    assert await there.head("web") == sent.contents[0]
+
+
+async def test_a_volume_in_use_is_left_alone(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    await there.take_in("web", sent.first)
+    handle = await there.open(there.catalogue.get("web").id)
+    with pytest.raises(InUse, match="1 sessions"):
+        await there.take_in("web", sent.second)
+    await write(handle, 0, b"still mine")
+    assert await read(handle, 0, 10) == b"still mine"
+    await handle.close()
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_a_caller_that_is_cancelled_leaves_nothing(here: StreamPool, receiver: Receiver, base: bool) -> None:
+    sent, there = await chain(here), receiver.pool
+    if base:
+        await there.take_in("web", sent.first)
+    stream = sent.second if base else sent.first
+    gate = Gate(stream, len(stream) - 1)
+    running = asyncio.create_task(there.imports.run("web", gate.pieces()))
+    await gate.reached.wait()
+    assert there.imports.running
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await check_untouched(there, sent, base=base)
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_a_daemon_that_dies_leaves_nothing(
+    here: StreamPool, receiver: Receiver, base: bool, power_cut: bool
+) -> None:
+    sent = await chain(here)
+    stream = sent.second if base else sent.first
+    for place in (400, len(stream) // 2, len(stream) - 1):
+        there = receiver.pool
+        if base and not there.catalogue.count():
+            await there.take_in("web", sent.first)
+        gate = Gate(stream, place)
+        running = asyncio.create_task(there.imports.run("web", gate.pieces()))
+        await gate.reached.wait()
+        assert there.imports.running
+        (volume_id,) = there.imports.running
+        there.engine.registry._slots[volume_id].unpinned.set()  # the import rests: nothing of it is at work
+        await there.readers.close()
+        await abandon(there, power_cut=power_cut)
+        running.cancel()
+        await asyncio.wait({running})
+        await receiver.start()
+        await check_untouched(receiver.pool, sent, base=base)
+    await receiver.pool.take_in("web", stream)
+    assert await receiver.pool.head("web") == sent.contents[base]
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_a_pool_that_gets_full_has_its_space_back(here: StreamPool, receiver: Receiver, base: bool) -> None:
+    there = receiver.pool
+    (disk,) = there.engine.storage.list()
+    volume = await here.volume(64 * MIB, "web")
+    await here.snapshots.create({volume: "s0"})
+    handle = await here.open(volume)
+    for at in range(0, 40 * MIB, MIB):
+        await write(handle, at, os.urandom(MIB))
+    await handle.close()
+    await here.snapshots.create({volume: "s1"})
+    small = receiver.folder / "small"
+    await there.engine.storage.add(str(small), "small", 24 * MIB, 0, {}, create=True)
+    await there.engine.storage.remove(disk.name)
+    if base:
+        await there.take_in("web", await here.export("web@s0"))
+    before = there.engine.storage.status().used_bytes
+    with pytest.raises(PoolFull):
+        await there.take_in("web", await here.export("web@s1", "web@s0" if base else None))
+    await until_done(there)
+    assert there.engine.storage.status().used_bytes == before
+    assert there.catalogue.count() == base
+    if base:
+        assert await there.head("web") == bytes(64 * MIB)
+    await there.volume(MIB, "room")
+
+
+async def test_a_snapshot_smaller_than_its_base_is_refused(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    (record,) = await there.take_in("web", sent.first)
+    header = header_for([], base=StreamBase(record.source_id, "s0"), size_bytes=SIZE - CHUNK)
+    with pytest.raises(InvalidSize, match="smaller than its base"):
+        await there.take_in("web", stream_of(header, []))
+    await check_untouched(there, sent, base=True)
+
+
+async def test_growth_is_promised_only_if_it_comes(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    (record,) = await there.take_in("web", sent.first)
+    data = [StreamData(SIZE, b"beyond" * 1000)]
+    grown = stream_of(header_for(data, base=StreamBase(record.source_id, "s0"), size_bytes=2 * SIZE), data)
+    with pytest.raises(StreamDamaged):
+        await there.take_in("web", grown[:-1])
+    await check_untouched(there, sent, base=True)
+    assert there.catalogue.get("web").size_bytes == SIZE
+    await there.take_in("web", grown)
+    assert there.catalogue.get("web").size_bytes == there.catalogue.promised_bytes == 2 * SIZE
+    assert (await there.head("web"))[SIZE : SIZE + 6] == b"beyond"
+
+
+# --- the sender ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_export_whose_snapshot_goes_has_no_end(here: StreamPool) -> None:
+    volume = await here.volume(16 * MIB, "web")
+    handle = await here.open(volume)
+    for at in range(0, 16 * MIB, MIB):
+        await write(handle, at, os.urandom(MIB))
+    await handle.close()
+    await here.snapshots.create({volume: "s"})
+    decoder = StreamDecoder()
+    async with here.exports.export("web@s") as export:
+        with pytest.raises(InUse, match="being read"):
+            await here.snapshots.delete(["web@s"])
+        blocks = export.blocks()
+        list(decoder.feed(await anext(blocks)))
+        await here.snapshots.delete(["web@s"], force=True)
+        with pytest.raises(NotFound, match="deleted while"):
+            await feed_all(decoder, blocks)
+    with pytest.raises(StreamDamaged, match="cut off"):
+        decoder.finish()
+
+
+async def feed_all(decoder: StreamDecoder, blocks: AsyncIterator[bytes]) -> None:
+    async for block in blocks:
+        list(decoder.feed(block))
+
+
+async def test_a_damaged_chunk_is_named_and_not_sent(here: StreamPool) -> None:
+    sent = await chain(here)
+    await until(lambda: not _unsealed(here))
+    assert await here.export("web@s0") != sent.first, "another stream_id"
+    chunk = sent.contents[0][3 * CHUNK : 4 * CHUNK]
+    (path,) = [each for each in here.device.rglob("*") if each.is_file() and chunk in each.read_bytes()]
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(chunk) + 100)
+        file.write(b"damage")
+    with pytest.raises(DataDamaged, match="of snapshot 's0' is damaged"):
+        await here.export("web@s0")
+
+
+def _unsealed(pool: StreamPool) -> int:
+    with pool.engine.store.read() as reader:
+        return reader.count(Table.SEALS)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_export_is_one_piece_ahead(here: StreamPool) -> None:
+    volume = await here.volume(64 * MIB, "web")
+    handle = await here.open(volume)
+    for at in range(0, 12 * MIB, MIB):
+        await write(handle, 4 * at, os.urandom(MIB))
+    await handle.close()
+    await here.snapshots.create({volume: "s"})
+    decoder = StreamDecoder()
+    async with here.exports.export("web@s") as export:
+        async for block in export.blocks():
+            assert len(block) < STREAM_MAX_DATA_BYTES + 64 * CHUNK
+            list(decoder.feed(block))
+            await export.close()  # the piece ahead is made
+            if decoder.coverage is not None:
+                assert export._encoder.coverage.covered_bytes - decoder.coverage.covered_bytes <= STREAM_MAX_DATA_BYTES
+    decoder.finish()
+
+
+async def test_an_import_holds_little_of_what_a_piece_stands_for(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [StreamData(at, b"a" * MIB) for at in range(0, 64 * MIB, MIB)]
+    stream = stream_of(header_for(data, base=None, size_bytes=64 * MIB), data)
+    assert len(stream) < 64 * 1024, "all of it arrives in one piece"
+    held: list[int] = []
+    batch = importing._batch
+
+    def counted(events: Iterator[StreamEvent]) -> list[StreamEvent]:
+        found = batch(events)
+        held.append(sum(len(each.content) for each in found if isinstance(each, StreamData)))
+        return found
+
+    monkeypatch.setattr(importing, "_batch", counted)
+    await receiver.pool.take_in("web", stream)
+    assert sum(held) == 64 * MIB
+    assert max(held) <= 2 * STREAM_MAX_DATA_BYTES
