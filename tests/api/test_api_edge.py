@@ -142,7 +142,7 @@ async def test_labels_hold_no_control_characters(api: Api, bad: str, where: str)
     assert "control character" in refused.json["cause"]
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b'{"size": 512}'), b"\x1f\x8b no gzip", b'{"size": 512}'])
+@pytest.mark.parametrize("data", [gzip.compress(b'{"size": 512}', mtime=0), b"\x1f\x8b no gzip", b'{"size": 512}'])
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "unheard-of"])
 async def test_compressed_bodies_are_not_taken(api: Api, data: bytes, coding: str) -> None:
     refused = await api.call("POST", "/v1/volumes", data=data, headers=JSON | {"Content-Encoding": coding})
