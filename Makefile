@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv run test lint format tools bench check-python clean
+.PHONY: help venv run test lint format tools bench bench-snapshots check-python clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    compare with qemu-nbd and nbdkit on this machine"
+	@echo "make bench-snapshots  what snapshots cost, beside qcow2's"
 	@echo "make clean    remove .venv and caches (never ./$(STATE): that is data)"
 
 # --- the virtual environment: one stamp for users, one more for what the tests need -----------------------------------
@@ -74,6 +75,9 @@ format: $(VENV)/.installed-test
 
 bench: tools $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-snapshots: tools $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.snapshots $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -26,6 +26,7 @@ class Sample:
     rate: float  # in the cell's unit
     p99_us: float  # of the slowest kind of request in the cell; a flush counts as one
     cpu_us: float  # of the server, per read or write; a write and its flush count once
+    requests: int  # reads and writes that fio made
 
 
 def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample:
@@ -61,7 +62,7 @@ def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:
     slowest_ns = [kind["clat_ns"]["percentile"]["99.000000"] for kind in kinds]
     if done["sync"]["total_ios"]:
         slowest_ns.append(done["sync"]["lat_ns"]["percentile"]["99.000000"])
-    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests)
+    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests, requests)
 
 
 def cpu_seconds(pid: int) -> float:
