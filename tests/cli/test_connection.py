@@ -252,3 +252,70 @@ def test_urls() -> None:
         with pytest.raises(InvalidRequest) as refused:
             address_of(bad)
         assert why in refused.value.message + refused.value.cause
+
+
+# --- bodies in blocks ------------------------------------------------------------------------------------------------
+
+
+class StreamPeer:
+    """A server of one connection: it reads until a request's body has what it waits for, answers, and reads on."""
+
+    def __init__(self, until: bytes, answer: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._until = until
+        self._answer = answer
+        self.got = b""
+        self.thread = threading.Thread(target=self._serve)
+
+    def connect(self) -> socket.socket:
+        """A connection of a client."""
+        return socket.create_connection(self._listener.getsockname(), DEADLINE_S)
+
+    def _serve(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.settimeout(DEADLINE_S)
+        with self._listener, sock:
+            while self._until not in self.got and (block := sock.recv(65536)):
+                self.got += block
+            sock.sendall(self._answer)
+            with suppress(ConnectionError):
+                while sock.recv(65536):
+                    pass
+
+
+@contextmanager
+def streamed(until: bytes, answer: bytes) -> Iterator[tuple[StreamPeer, Connection]]:
+    """A peer, and a client of it."""
+    peer = StreamPeer(until, answer)
+    peer.thread.start()
+    client = Connection(peer.connect, "peer")
+    yield peer, client
+    client.close()
+    peer.thread.join()
+
+
+def test_a_body_in_blocks_is_sent_as_they_come() -> None:
+    with streamed(b"0\r\n\r\n", OK + b"Content-Length: 2\r\n\r\nok") as (peer, client):
+        answer = client.request("POST", "/in", {}, iter([b"one", b"", b"twenty" * 4]))
+        assert (answer.status, answer.read()) == (200, b"ok")
+    head, _, body = peer.got.partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding: chunked" in head
+    assert b"Content-Length" not in head
+    assert body == b"3\r\none\r\n18\r\n" + b"twenty" * 4 + b"\r\n0\r\n\r\n"
+
+
+def test_an_answer_before_the_end_ends_the_body() -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield b"block" * 10_000
+
+    refusal = b"HTTP/1.1 409 Conflict\r\nContent-Length: 3\r\n\r\nno!"
+    with streamed(b"blockblock", refusal) as (_, client):
+        answer = client.request("POST", "/in", {}, endless())
+        assert (answer.status, answer.read()) == (409, b"no!")
+        assert client._socket is None, "half a request is on that connection"
+    assert sent

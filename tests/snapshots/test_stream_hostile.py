@@ -213,7 +213,7 @@ def changed(path: str, value: object) -> bytes:
         ("snapshot.size_bytes", [0, 511, 2**63, None]),
         ("chunk_bytes", [0, 512, 65537, 96 * KIB, 2**21, None]),
         ("changed_bytes", [-1, SIZE_BYTES + 1, 0.5, True, None]),
-        ("snapshot.created_s", [-1, "now", None, True, float("nan"), float("inf")]),
+        ("snapshot.created_s", [-1, "now", None, True, float("nan"), float("inf"), 253_402_300_800]),
         ("snapshot.labels", [None, [], {"a": 1}, {"a": None}, {"a": "x" * (MAX_LABEL_CHARS + 1)}, {"a": "\ud800"}]),
         ("snapshot.labels", [{"x" * (MAX_LABEL_CHARS + 1): ""}, {str(i): "" for i in range(MAX_LABELS + 1)}]),
         ("surprise", [1]),

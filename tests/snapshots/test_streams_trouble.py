@@ -310,6 +310,19 @@ async def test_growth_is_promised_only_if_it_comes(here: StreamPool, receiver: R
     assert (await there.head("web"))[SIZE : SIZE + 6] == b"beyond"
 
 
+async def test_a_volume_that_was_grown_here_keeps_its_size(here: StreamPool, receiver: Receiver) -> None:
+    sent, there = await chain(here), receiver.pool
+    await there.take_in("web", sent.first)
+    await there.catalogue.change("web", VolumeChange(size_bytes=SIZE + MIB))
+    with pytest.raises(StreamDamaged):
+        await there.take_in("web", sent.second[:-1])
+    assert await there.head("web") == sent.contents[0] + bytes(MIB)
+    assert there.catalogue.promised_bytes == SIZE + MIB
+    await there.take_in("web", sent.second)
+    assert await there.content("web@s1") == sent.contents[1]
+    assert await there.head("web") == sent.contents[1] + bytes(MIB)
+
+
 # --- the sender ------------------------------------------------------------------------------------------------------
 
 
