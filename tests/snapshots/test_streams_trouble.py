@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from blockvirt.errors import (
 )
 from blockvirt.limits import STREAM_MAX_DATA_BYTES
 from blockvirt.meta.keys import Table
+from blockvirt.meta.records import SnapshotRecord
 from blockvirt.snapshots import importing
 from blockvirt.snapshots.stream_format import StreamBase
 from blockvirt.snapshots.stream_reader import StreamData, StreamDecoder, StreamEvent
@@ -167,43 +169,52 @@ class Gate:
         yield self._stream[self._place :]
 
 
+@asynccontextmanager
+async def resting(pool: StreamPool, stream: bytes) -> AsyncIterator[tuple[Gate, "asyncio.Task[list[SnapshotRecord]]"]]:
+    """An import of which half has come; it does not outlive the context."""
+    gate = Gate(stream, len(stream) // 2)
+    running = asyncio.create_task(pool.imports.run("web", gate.pieces()))
+    await gate.reached.wait()
+    try:
+        yield gate, running
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
 async def test_nobody_else_may_use_the_volume_meanwhile(here: StreamPool, receiver: Receiver) -> None:
     sent, there = await chain(here), receiver.pool
     await there.take_in("web", sent.first)
     volume = there.catalogue.get("web").id
-    gate = Gate(sent.second, len(sent.second) // 2)
-    running = asyncio.create_task(there.imports.run("web", gate.pieces()))
-    await gate.reached.wait()
-    with pytest.raises(InUse, match="being imported"):
-        await there.open(volume)
-    with pytest.raises(InUse, match="being imported"):
-        await there.take_in("web", sent.second)
-    with pytest.raises(InUse, match="being imported"):
-        await there.snapshots.create({volume: "half"})
-    with pytest.raises(InUse, match="being imported"):
-        await there.snapshots.delete(["web@s0"], force=True)
-    with pytest.raises(InUse, match="being imported"):
-        await there.reverts.revert("web@s0")
-    with pytest.raises(InUse, match="being imported"):
-        await there.catalogue.delete("web", force=True, purge=True)
-    with pytest.raises(InUse, match="being imported"):
-        await there.catalogue.change("web", VolumeChange(size_bytes=2 * SIZE))
-    assert await there.content("web@s0") == sent.contents[0]
-    gate.open.set()
-    assert names(await running) == ["s1"]
-    assert await there.head("web") == sent.contents[1]
+    async with resting(there, sent.second) as (gate, running):
+        with pytest.raises(InUse, match="being imported"):
+            await there.open(volume)
+        with pytest.raises(InUse, match="being imported"):
+            await there.take_in("web", sent.second)
+        with pytest.raises(InUse, match="being imported"):
+            await there.snapshots.create({volume: "half"})
+        with pytest.raises(InUse, match="being imported"):
+            await there.snapshots.delete(["web@s0"], force=True)
+        with pytest.raises(InUse, match="being imported"):
+            await there.reverts.revert("web@s0")
+        with pytest.raises(InUse, match="being imported"):
+            await there.catalogue.delete("web", force=True, purge=True)
+        with pytest.raises(InUse, match="being imported"):
+            await there.catalogue.change("web", VolumeChange(size_bytes=2 * SIZE))
+        assert await there.content("web@s0") == sent.contents[0]
+        gate.open.set()
+        assert names(await running) == ["s1"]
+        assert await there.head("web") == sent.contents[1]
 
 
 async def test_two_that_make_one_volume(here: StreamPool, receiver: Receiver) -> None:
     sent, there = await chain(here), receiver.pool
-    gate = Gate(sent.first, len(sent.first) // 2)
-    running = asyncio.create_task(there.imports.run("web", gate.pieces()))
-    await gate.reached.wait()
-    with pytest.raises(Exists):
-        await there.take_in("web", sent.first)
-    gate.open.set()
-    assert names(await running) == ["s0"]
-    assert await there.head("web") == sent.contents[0]
+    async with resting(there, sent.first) as (gate, running):
+        with pytest.raises(Exists):
+            await there.take_in("web", sent.first)
+        gate.open.set()
+        assert names(await running) == ["s0"]
+        assert await there.head("web") == sent.contents[0]
 
 
 async def test_a_volume_in_use_is_left_alone(here: StreamPool, receiver: Receiver) -> None:
