@@ -17,5 +17,6 @@ def check_not_importing(volume: VolumeRecord) -> None:
         raise InUse(
             f"a snapshot stream is being imported into volume {volume.name!r}",
             cause="until the stream is whole the volume holds a part of it",
-            correction="wait for the import, or end it: then the volume is as it was before",
+            correction="wait for the import, or end it: then the volume is as it was before; where none is at work any "
+            "more the daemon's log says what keeps it from being taken back",
         )

@@ -1,5 +1,6 @@
 """Two pools between which snapshots travel as streams."""
 
+import os
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -7,9 +8,11 @@ from blockvirt.meta.records import SnapshotRecord
 from blockvirt.snapshots.export import SnapshotExports
 from blockvirt.snapshots.importing import SnapshotImports
 from tests.snapshots.conftest import SnapshotPool
-from tests.volumes.conftest import read
+from tests.volumes.conftest import read, write
 
 CHUNK = 4096
+SIZE = 600 * CHUNK
+MIB = 1 << 20
 
 
 class StreamPool(SnapshotPool):
@@ -69,3 +72,27 @@ async def pool_in(folder: Path) -> StreamPool:
 def names(records: Iterable[SnapshotRecord]) -> list[str]:
     """The names of snapshots."""
     return [each.name for each in records]
+
+
+class Chain:
+    """Two streams: 'web' whole, as it was at 's0', and what 's1' has differently."""
+
+    def __init__(self, first: bytes, second: bytes, contents: list[bytes]) -> None:
+        self.first = first
+        self.second = second
+        self.contents = contents
+
+
+async def chain(pool: StreamPool) -> Chain:
+    """Make them: at 's1' parts are overwritten, trimmed, and new."""
+    volume = await pool.volume(SIZE, "web")
+    handle = await pool.open(volume)
+    await write(handle, 0, os.urandom(40 * CHUNK))
+    await pool.snapshots.create({volume: "s0"})
+    await write(handle, 10 * CHUNK, os.urandom(20 * CHUNK))
+    await handle.zero(2 * CHUNK, 3 * CHUNK, punch=True)
+    await write(handle, 550 * CHUNK, os.urandom(CHUNK))
+    await handle.close()
+    await pool.snapshots.create({volume: "s1"})
+    contents = [await pool.content("web@s0"), await pool.content("web@s1")]
+    return Chain(await pool.export("web@s0"), await pool.export("web@s1", "web@s0"), contents)

@@ -10,27 +10,21 @@ import pytest
 
 from blockvirt.errors import (
     BlockvirtError,
-    DataDamaged,
     Exists,
     InUse,
     InvalidSize,
-    NotFound,
     PoolFull,
     StreamDamaged,
 )
 from blockvirt.limits import STREAM_MAX_DATA_BYTES
-from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord
 from blockvirt.snapshots import importing
 from blockvirt.snapshots.stream_format import StreamBase
-from blockvirt.snapshots.stream_reader import StreamData, StreamDecoder, StreamEvent
+from blockvirt.snapshots.stream_reader import StreamData, StreamEvent
 from blockvirt.volumes.requests import VolumeChange
-from tests.snapshots.stream_pools import CHUNK, StreamPool, names, pieces, pool_in
+from tests.snapshots.stream_pools import CHUNK, MIB, SIZE, Chain, StreamPool, chain, names, pieces, pool_in
 from tests.snapshots.streams import header_for, stream_of
 from tests.volumes.conftest import abandon, findings, read, until, until_punched, write
-
-SIZE = 600 * CHUNK
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -69,30 +63,6 @@ async def until_done(pool: StreamPool) -> None:
     board = pool.engine.jobs
     await until(lambda: not board.list(state="running") and not board.list(state="queued"))
     await until_punched(pool)
-
-
-class Chain:
-    """Two streams: 'web' whole, as it was at 's0', and what 's1' has differently."""
-
-    def __init__(self, first: bytes, second: bytes, contents: list[bytes]) -> None:
-        self.first = first
-        self.second = second
-        self.contents = contents
-
-
-async def chain(pool: StreamPool) -> Chain:
-    """Make them: at 's1' parts are overwritten, trimmed, and new."""
-    volume = await pool.volume(SIZE, "web")
-    handle = await pool.open(volume)
-    await write(handle, 0, os.urandom(40 * CHUNK))
-    await pool.snapshots.create({volume: "s0"})
-    await write(handle, 10 * CHUNK, os.urandom(20 * CHUNK))
-    await handle.zero(2 * CHUNK, 3 * CHUNK, punch=True)
-    await write(handle, 550 * CHUNK, os.urandom(CHUNK))
-    await handle.close()
-    await pool.snapshots.create({volume: "s1"})
-    contents = [await pool.content("web@s0"), await pool.content("web@s1")]
-    return Chain(await pool.export("web@s0"), await pool.export("web@s1", "web@s0"), contents)
 
 
 async def check_untouched(pool: StreamPool, chain: Chain, *, base: bool) -> None:
@@ -332,73 +302,6 @@ async def test_a_volume_that_was_grown_here_keeps_its_size(here: StreamPool, rec
     await there.take_in("web", sent.second)
     assert await there.content("web@s1") == sent.contents[1]
     assert await there.head("web") == sent.contents[1] + bytes(MIB)
-
-
-# --- the sender ------------------------------------------------------------------------------------------------------
-
-
-async def test_an_export_whose_snapshot_goes_has_no_end(here: StreamPool) -> None:
-    volume = await here.volume(16 * MIB, "web")
-    handle = await here.open(volume)
-    for at in range(0, 16 * MIB, MIB):
-        await write(handle, at, os.urandom(MIB))
-    await handle.close()
-    await here.snapshots.create({volume: "s"})
-    decoder = StreamDecoder()
-    async with here.exports.export("web@s") as export:
-        with pytest.raises(InUse, match="being read"):
-            await here.snapshots.delete(["web@s"])
-        blocks = export.blocks()
-        list(decoder.feed(await anext(blocks)))
-        await here.snapshots.delete(["web@s"], force=True)
-        with pytest.raises(NotFound, match="deleted while"):
-            await feed_all(decoder, blocks)
-    with pytest.raises(StreamDamaged, match="cut off"):
-        decoder.finish()
-
-
-async def feed_all(decoder: StreamDecoder, blocks: AsyncIterator[bytes]) -> None:
-    async for block in blocks:
-        list(decoder.feed(block))
-
-
-async def test_a_damaged_chunk_is_named_and_not_sent(here: StreamPool) -> None:
-    sent = await chain(here)
-    await until(lambda: not _unsealed(here))
-    assert await here.export("web@s0") != sent.first, "another stream_id"
-    chunk = sent.contents[0][3 * CHUNK : 4 * CHUNK]
-    (path,) = [each for each in here.device.rglob("*") if each.is_file() and chunk in each.read_bytes()]
-    with path.open("r+b") as file:
-        file.seek(path.read_bytes().index(chunk) + 100)
-        file.write(b"damage")
-    with pytest.raises(DataDamaged, match="of snapshot 's0' is damaged"):
-        await here.export("web@s0")
-
-
-def _unsealed(pool: StreamPool) -> int:
-    with pool.engine.store.read() as reader:
-        return reader.count(Table.SEALS)
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-async def test_an_export_is_one_piece_ahead(here: StreamPool) -> None:
-    volume = await here.volume(64 * MIB, "web")
-    handle = await here.open(volume)
-    for at in range(0, 12 * MIB, MIB):
-        await write(handle, 4 * at, os.urandom(MIB))
-    await handle.close()
-    await here.snapshots.create({volume: "s"})
-    decoder = StreamDecoder()
-    async with here.exports.export("web@s") as export:
-        async for block in export.blocks():
-            assert len(block) < STREAM_MAX_DATA_BYTES + 64 * CHUNK
-            list(decoder.feed(block))
-            await export.close()  # the piece ahead is made
-            if decoder.coverage is not None:
-                assert export._encoder.coverage.covered_bytes - decoder.coverage.covered_bytes <= STREAM_MAX_DATA_BYTES
-    decoder.finish()
 
 
 async def test_an_import_holds_little_of_what_a_piece_stands_for(
