@@ -46,7 +46,7 @@ def arguments() -> tuple[list[str], Path | None, Options]:
     add("--rounds", type=int, default=3, help="alternating rounds (default 3)")
     add("--runtime", type=float, default=1.0, metavar="SECONDS", help="of each fio run (default 1)")
     add("--size", type=int, default=512, metavar="MIB", help="of the volumes of 'requests' (default 512)")
-    add("--first-writes-size", type=int, default=4096, metavar="MIB", help="of those of 'first-writes' (default 4096)")
+    add("--first-writes-size", type=int, default=2048, metavar="MIB", help="of those of 'first-writes' (default 2048)")
     add("--samples", type=int, default=50, help="snapshots for each figure of 'latency' (default 50)")
     add("--large", type=int, default=1 << 20, metavar="MIB", help="the large mapped volume (default 1 TiB)")
     add("--small", type=int, default=1 << 10, metavar="MIB", help="the small mapped volume (default 1 GiB)")

@@ -13,6 +13,7 @@ QUIET_WINDOW_S = 0.5
 QUIET_RATIO = 0.04  # of a processor: less is timers and the like
 QUIET_DEADLINE_S = 90.0
 JOB_WAIT_S = 60.0
+IDS_PER_REQUEST = 1_000  # 40 KiB, of the 64 KiB that a body may have
 
 
 class Daemon(Blockvirt):
@@ -64,8 +65,12 @@ class Daemon(Blockvirt):
     def clear(self, volume: str) -> None:
         """Delete all snapshots of a volume, and wait until they are gone."""
         found = self.client.pages("/v1/snapshots", "snapshots", {"volume": volume})
-        ids = [snapshot["id"] for snapshot in found]
-        if ids:
+        self.delete_all([snapshot["id"] for snapshot in found])
+
+    def delete_all(self, snapshots: list[str]) -> None:
+        """Delete snapshots by their ids, and wait until they are gone."""
+        for start in range(0, len(snapshots), IDS_PER_REQUEST):
+            ids = snapshots[start : start + IDS_PER_REQUEST]
             self.finish(self.client.call("POST", "/v1/snapshots/delete", {"snapshots": ids}))
 
     def trust_sparse_files(self) -> None:

@@ -57,12 +57,13 @@ class MappedPool:
             self.daemon.stop()
 
     def seal(self) -> None:
-        """Give every chunk its checksum, as after days of service, and let no snapshot be there."""
+        """Give every chunk its checksum, as after days of service, and let one snapshot be there, which saw them."""
         if not self.is_sealed:
             with self.running() as daemon:
                 daemon.snapshot(VOLUME)  # what the head holds is sealed from now on
                 daemon.clear(VOLUME)
             asyncio.run(write_checksums(self._state, VOLUME, self.size_bytes // CHUNK_BYTES))
+            asyncio.run(write_histories(self._state, [History(VOLUME, 1, 0, "first")]))
             self.is_sealed = True
 
     def age(self, snapshots: int) -> None:

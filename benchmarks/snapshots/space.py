@@ -50,7 +50,7 @@ def _little_held(daemon: Daemon, pool: MappedPool, rounds: int) -> list[list[str
                 daemon.checkpoint(VOLUME)
             daemon.settle()
             found[title].append(_delete(daemon, ids[1]))
-            daemon.clear(VOLUME)
+            daemon.delete_all([ids[0], *ids[2:]])
     return [
         [
             f"{title}, {size_of(pool.size_bytes)}",
