@@ -96,7 +96,6 @@ def _measure(volume: Volume, writes: int, size_bytes: int, directory: Path) -> F
 
 @contextmanager
 def _ours(daemon: Daemon) -> Iterator[Volume]:
-    daemon.clear("v")
     daemon.settle()
     daemon.snapshot("v")
     yield daemon.served("v")
