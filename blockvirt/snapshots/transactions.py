@@ -21,7 +21,7 @@ from blockvirt.volumes.commit import MapChange
 from blockvirt.volumes.deletion import remove_snapshot
 from blockvirt.volumes.imports import check_not_importing
 from blockvirt.volumes.reclaim import queue_reclaim
-from blockvirt.volumes.transactions import new_branch, pool_record
+from blockvirt.volumes.transactions import new_branch, pool_record, releasing
 
 Also = Callable[[Writer, Sequence[SnapshotRecord]], None]
 """Joins the transaction that stores new snapshots, before they are stored; a BlockvirtError from it undoes them."""
@@ -129,7 +129,7 @@ def held(name: str, record: SnapshotRecord) -> InUse:
     return InUse(
         f"snapshot {name} is held: {', '.join(record.holds)}",
         cause="somebody asked for it to stay",
-        correction=f"release it first ('blockvirt snapshot release {name}')",
+        correction=releasing(name, record),
         holds=list(record.holds),
     )
 

@@ -182,5 +182,11 @@ def snapshots_held(reader: Reader, volume: VolumeRecord) -> None:
             raise InUse(
                 f"snapshot {volume.name}@{snapshot.name} is held: {', '.join(snapshot.holds)}",
                 cause="its volume cannot be deleted without it",
-                correction=f"release it first ('blockvirt snapshot release {volume.name}@{snapshot.name}')",
+                correction=releasing(f"{volume.name}@{snapshot.name}", snapshot),
             )
+
+
+def releasing(name: str, snapshot: SnapshotRecord) -> str:
+    """Say how all holds of a snapshot are taken away: each tag by a command of its own."""
+    commands = (f"'blockvirt snapshot release {name} --tag {tag}'" for tag in snapshot.holds)
+    return f"release it first ({', '.join(commands)})"

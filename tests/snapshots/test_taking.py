@@ -203,11 +203,15 @@ async def test_a_held_snapshot_stays(pool: SnapshotPool) -> None:
     await pool.snapshots.hold("v@s", "audit")
     dry = await pool.snapshots.delete(["v@s"], dry_run=True)
     assert (dry.deleted, dry.obstacles) == (False, ("v@s is held: legal, audit",))
+    command = "'blockvirt snapshot release v@s --tag"
+    how = f"release it first ({command} legal', {command} audit')"
     for force in (False, True):
-        with pytest.raises(InUse, match="is held: legal, audit"):
+        with pytest.raises(InUse, match="is held: legal, audit") as raised:
             await pool.snapshots.delete(["v@s"], force=force)
-    with pytest.raises(InUse, match="v@s is held"):
+        assert raised.value.correction == how
+    with pytest.raises(InUse, match="v@s is held") as raised:
         await pool.catalogue.delete("v", force=True)
+    assert raised.value.correction == how
     await pool.snapshots.release("v@s", "legal")
     with pytest.raises(InUse, match="is held: audit"):
         await pool.snapshots.delete([record.id])
