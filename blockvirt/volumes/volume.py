@@ -316,8 +316,9 @@ def stopped_error(name: str, reason: str) -> VolumeStopped:
     return VolumeStopped(
         f"volume {name} has stopped",
         cause=reason,
-        correction=f"mend the disk, then run 'blockvirt volume reopen {name}': it comes back as after a power cut, "
-        "with everything that was flushed",
+        correction="mend the disk, or after a revert power off the guests that had it open; then run "
+        f"'blockvirt volume reopen {name}': after a failure it comes back as after a power cut, with everything that "
+        "was flushed",
     )
 
 

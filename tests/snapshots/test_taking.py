@@ -251,6 +251,7 @@ async def test_a_forced_revert_keeps_guests_out_until_the_volume_is_reopened(poo
         await pool.open(volume_id)
     assert "reverted to snapshot a" in caught.value.cause
     assert "blockvirt volume reopen v" in caught.value.correction
+    assert "power off" in caught.value.correction
     assert pool.catalogue.get("v").state == "stopped"
     await pool.catalogue.reopen("v")
     handle = await pool.open(volume_id)
