@@ -1,15 +1,18 @@
 """Changed blocks a page at a time, as byte ranges: of a snapshot, or of a volume as it is now."""
 
+import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from blockvirt.errors import NotFound, OutOfRange
+from blockvirt.limits import CHANGED_LEAF_LISTS
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots.catalogue import Snapshots
-from blockvirt.snapshots.changes import Chain, Point, chain_of, changes
+from blockvirt.snapshots.changes import Chain, Point, chain_of, changed_leaves, changes
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.transactions import locate
 from blockvirt.volumes.versions import branch_record
@@ -42,6 +45,9 @@ class ChangedBlocks:
         self._engine = engine
         self._snapshots = snapshots
         self._context = engine.context
+        self._leaves: dict[tuple[Chain, Chain], array[int]] = {}
+        """By the points compared, the latest used last."""
+        self._guard = threading.Lock()
 
     async def of_snapshot(self, name_or_id: str, since: str | None, offset: int, limit: int) -> Page:
         """Return up to ``limit`` ranges from the byte ``offset`` on in which a snapshot differs from ``since``.
@@ -57,7 +63,7 @@ class ChangedBlocks:
         with self._context.store.read() as reader:
             _still_there(reader, record)
             new = chain_of(reader, Point(record.branch, record.epoch))
-            return self._page(reader, base, new, record.size_bytes, offset, limit)
+            return self._page(reader, base, new, record.size_bytes, offset, limit, is_fixed=True)
 
     async def of_volume(self, name_or_id: str, since: str | None, offset: int, limit: int) -> Page:
         """Return the same for a volume with all writes replied to by now; raises VolumeStopped too.
@@ -84,7 +90,15 @@ class ChangedBlocks:
         return None if since is None else self._snapshots.find(since)
 
     def _page(
-        self, reader: Reader, base: SnapshotRecord | None, new: Chain, size_bytes: int, offset: int, limit: int
+        self,
+        reader: Reader,
+        base: SnapshotRecord | None,
+        new: Chain,
+        size_bytes: int,
+        offset: int,
+        limit: int,
+        *,
+        is_fixed: bool = False,
     ) -> Page:
         if offset > size_bytes:
             raise OutOfRange(f"{offset} lies beyond the end, at {size_bytes}", correction="begin with 0")
@@ -95,7 +109,8 @@ class ChangedBlocks:
         shift = self._context.chunk_shift
         found: list[ChangedRange] = []
         end_chunk = ((size_bytes - 1) >> shift) + 1
-        for change in changes(reader, old, new, offset >> shift, end_chunk):
+        leaves = self._leaves_of(reader, old, new) if is_fixed else None
+        for change in changes(reader, old, new, offset >> shift, end_chunk, leaves):
             start = max(offset, change.chunk << shift)
             if len(found) == limit:
                 return Page(found, start, size_bytes)
@@ -103,6 +118,21 @@ class ChangedBlocks:
             if start < end:
                 found.append(ChangedRange(start, end - start, change.zero))
         return Page(found, None, size_bytes)
+
+    def _leaves_of(self, reader: Reader, old: Chain, new: Chain) -> "array[int]":
+        """Return the leaves that differ between two snapshots, found once for all pages of a client.
+
+        A flatten in between may give the two other addresses for the same bytes: those need not be told.
+        """
+        key = (tuple(old), tuple(new))
+        leaves = self._leaves.pop(key, None)
+        if leaves is None:
+            leaves = array("Q", changed_leaves(reader, old, new))
+        with self._guard:
+            self._leaves[key] = leaves
+            while len(self._leaves) > CHANGED_LEAF_LISTS:
+                del self._leaves[next(iter(self._leaves))]
+        return leaves
 
 
 def _still_there(reader: Reader, record: SnapshotRecord) -> None:

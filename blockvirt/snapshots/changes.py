@@ -4,6 +4,7 @@ Works wherever the two have a branch in common: within a volume, across its reve
 Only leaves that got a version between the two are looked at, so the cost grows with what changed.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,16 +50,24 @@ def changed_leaves(reader: Reader, old: Chain, new: Chain) -> list[int]:
     return sorted(leaves)
 
 
-def changes(reader: Reader, old: Chain, new: Chain, first_chunk: int = 0, end_chunk: int = 1 << 40) -> Iterator[Change]:
+def changes(
+    reader: Reader,
+    old: Chain,
+    new: Chain,
+    first_chunk: int = 0,
+    end_chunk: int = 1 << 40,
+    leaves: Sequence[int] | None = None,
+) -> Iterator[Change]:
     """Yield what of the chunks from ``first_chunk`` on, below ``end_chunk``, differs; neighbours merged, in order.
 
-    Raises DamagedRecord.
+    ``leaves`` are the ``changed_leaves``, where they are known already. Raises DamagedRecord.
     """
     held: Change | None = None
-    for leaf in changed_leaves(reader, old, new):
+    if leaves is None:
+        leaves = changed_leaves(reader, old, new)
+    for place in range(bisect_left(leaves, first_chunk >> SLOT_BITS), len(leaves)):
+        leaf = leaves[place]
         base = leaf << SLOT_BITS
-        if base + (1 << SLOT_BITS) <= first_chunk:
-            continue
         if base >= end_chunk:
             break
         before = visible_through(reader, old, leaf) if old else NO_ENTRIES

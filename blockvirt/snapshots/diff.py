@@ -24,10 +24,11 @@ def compare(first_chunk: int, old: Sequence[int], new: Sequence[int]) -> Iterato
     """Yield the runs in which two versions of a leaf differ; ``first_chunk`` is the number of slot 0's chunk."""
     start = count = 0
     zero = False
-    for slot, (before, after) in enumerate(zip(old, new, strict=True)):
-        if before == after or (before ^ after) & ADDRESS_MASK == 0:
-            continue
-        is_zero = not after & ADDRESS_MASK
+    differing = [slot for slot, (before, after) in enumerate(zip(old, new, strict=True)) if before != after]
+    for slot in differing:
+        if (old[slot] ^ new[slot]) & ADDRESS_MASK == 0:
+            continue  # the same chunk, with other flags
+        is_zero = not new[slot] & ADDRESS_MASK
         if count and slot == start + count and is_zero == zero:
             count += 1
             continue

@@ -6,17 +6,18 @@ before are looked at, and only chunks that have no checksum yet are read, a few 
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import BlockvirtError, DamagedRecord
-from blockvirt.limits import SEAL_BATCH_CHUNKS, SEAL_PAUSE_S, SEAL_RETRY_S
+from blockvirt.limits import SEAL_BATCH_CHUNKS, SEAL_BATCH_LEAVES, SEAL_PAUSE_S, SEAL_RETRY_S
 from blockvirt.lun.address import ADDRESS_MASK, chunk_of, file_of
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord
 from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import BackingFile, backing_path
-from blockvirt.volumes.checksums import find_checksum, put_checksums
+from blockvirt.volumes.checksums import put_checksums, without_checksum
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.gaps import born_between
 from blockvirt.volumes.versions import owner_of, previous_point, visible_version
@@ -56,8 +57,9 @@ class Sealer:
 
     async def _seal(self, branch: int, epoch: int) -> None:
         leaves = await self._context.threads.run(partial(self._leaves, branch, epoch))
-        for leaf in leaves:
-            addresses = await self._context.threads.run(partial(self._unsealed, branch, epoch, leaf))
+        while leaves:
+            looked, addresses = await self._context.threads.run(partial(self._unsealed, branch, epoch, leaves))
+            leaves = leaves[looked:]
             for start in range(0, len(addresses), SEAL_BATCH_CHUNKS):
                 batch = addresses[start : start + SEAL_BATCH_CHUNKS]
                 checksums = await self._context.threads.run(partial(self._compute, batch))
@@ -65,6 +67,7 @@ class Sealer:
                     return  # the snapshot went meanwhile
                 self.sealed_chunks += len(checksums)
                 await asyncio.sleep(SEAL_PAUSE_S)
+            await asyncio.sleep(SEAL_PAUSE_S)
         await self._store.commit(lambda writer: writer.delete(Table.SEALS, pair_key(branch, epoch)))
 
     def _leaves(self, branch: int, epoch: int) -> list[int]:
@@ -73,21 +76,28 @@ class Sealer:
             before = previous_point(reader, branch, epoch)
             return sorted({leaf for _, leaf, _ in born_between(reader, branch, before + 1, epoch)})
 
-    def _unsealed(self, branch: int, epoch: int, leaf: int) -> list[int]:
-        """Return the branch's own addresses that a snapshot sees in a leaf and that have no checksum. Blocks."""
+    def _unsealed(self, branch: int, epoch: int, leaves: Sequence[int]) -> tuple[int, list[int]]:
+        """Return what a snapshot sees in the first of ``leaves`` and has no checksum: how many leaves, the addresses.
+
+        A batch of chunks or so at a time. Only the branch's own: others are their branches' business. Blocks.
+        """
+        addresses: list[int] = []
+        looked = 0
         with self._store.read() as reader:
             if reader.get(Table.SEALS, pair_key(branch, epoch)) is None:
-                return []
-            try:
-                found = visible_version(reader, branch, leaf, epoch)
-            except DamagedRecord as error:
-                log.error("%s", error)
-                return []
-            if found is None:
-                return []
+                return len(leaves), []
             is_own = owner_of(reader, branch)
-            addresses = [entry & ADDRESS_MASK for entry in found[1] if entry and is_own(entry & ADDRESS_MASK)]
-            return sorted(address for address in addresses if find_checksum(reader, address) is None)
+            for leaf in leaves[:SEAL_BATCH_LEAVES]:
+                if len(addresses) >= SEAL_BATCH_CHUNKS:
+                    break
+                looked += 1
+                try:
+                    found = visible_version(reader, branch, leaf, epoch)
+                    entries = found[1] if found is not None else ()
+                    addresses += without_checksum(reader, {entry & ADDRESS_MASK for entry in entries if entry}, is_own)
+                except DamagedRecord as error:
+                    log.error("%s", error)
+        return looked, sorted(addresses)
 
     def _compute(self, addresses: list[int]) -> dict[int, int]:
         """Read chunks and return their checksums. Blocks."""

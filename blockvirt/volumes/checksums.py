@@ -7,7 +7,7 @@ the background. Copy-up, export and ``check --data`` compare; a chunk without a 
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import DataDamaged
@@ -50,6 +50,28 @@ def find_checksum(reader: Reader, address: int) -> int | None:
         return None
     crc: int = _CRC.unpack_from(payload, _BITMAP_BYTES + place * _CRC.size)[0]
     return crc
+
+
+def without_checksum(reader: Reader, addresses: Iterable[int], wanted: Callable[[int], bool]) -> list[int]:
+    """Return those of ``addresses`` that have no checksum; a group at a time, of which ``wanted`` is asked for one.
+
+    Addresses of a group are of one file. Raises DamagedRecord.
+    """
+    groups: dict[int, list[int]] = {}
+    for each in addresses:
+        groups.setdefault(each >> GROUP_BITS, []).append(each)
+    missing: list[int] = []
+    for members in groups.values():
+        if not wanted(members[0]):
+            continue
+        key = group_key(members[0])
+        stored = reader.get(Table.CHECKSUMS, key)
+        if stored is None:
+            missing += members
+            continue
+        bits = int.from_bytes(unseal(key, stored, what="a row of checksums")[:_BITMAP_BYTES], "little")
+        missing += [each for each in members if not bits >> (each & (GROUP_CHUNKS - 1)) & 1]
+    return missing
 
 
 def put_checksums(writer: Writer, checksums: Mapping[int, int]) -> None:
