@@ -131,7 +131,9 @@ class SlowPath:
         try:
             for start in range(0, len(sources), COPY_BATCH_CHUNKS):
                 batch = sources[start : start + COPY_BATCH_CHUNKS]
-                await self._make_room([WriteStep(Action.ALLOCATE, 0, len(batch), 0, 0, 0, 0)])
+                steps = [WriteStep(Action.ALLOCATE, 0, len(batch), 0, 0, 0, 0)]
+                while not volume.has_room(steps):  # guests take from it while this waits for the journal
+                    await self._make_room(steps)
                 volume.check()
                 places = [
                     _Place(

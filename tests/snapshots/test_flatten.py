@@ -1,10 +1,13 @@
 """Flatten, one case at a time: what shared chunks with an origin must still be there when the origin is gone."""
 
+import asyncio
 import os
 
 import pytest
 
 from blockvirt.errors import InvalidRequest
+from blockvirt.limits import COPY_BATCH_CHUNKS, RESERVE_STEP_MIN_BYTES
+from blockvirt.lun.address import ADDRESS_MASK
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, SnapshotRecord
 from blockvirt.snapshots.reader import SnapshotHandle
@@ -91,6 +94,23 @@ async def test_a_flattened_clone_stands_alone(family: Family) -> None:
     assert family.pool.engine.storage.status().used_bytes == SIZE
     with pytest.raises(InvalidRequest, match="no clone"):
         await family.pool.flattening.start("clone")
+    assert not findings(family.pool, leaks=True)
+
+
+async def test_copies_find_room_where_a_write_took_what_was_made_for_them(family: Family) -> None:
+    clone = await family.clone(family.golden, "clone")
+    handle = await family.pool.open(clone)
+    async with family.pool.engine.registry.pinned(clone) as opened:
+        sources = [entry & ADDRESS_MASK for entry in opened.volume.map.leaf(0).entries[:COPY_BATCH_CHUNKS]]
+        # The write makes room first, and the copies wait behind it for the first journal.
+        whole_step = RESERVE_STEP_MIN_BYTES // CHUNK
+        written = bytes(CHUNK) * (whole_step - COPY_BATCH_CHUNKS // 2)
+        writing = asyncio.create_task(write(handle, CHUNK, written))
+        copies = await asyncio.create_task(opened.slow.copy_chunks(sources))
+        await writing
+        assert len(set(copies)) == len(sources)
+        opened.volume.give_up(copies)
+    await handle.close()
     assert not findings(family.pool, leaks=True)
 
 
