@@ -109,6 +109,11 @@ def decode(payload: bytes) -> "array[int]":
     raise DamagedRecord("a leaf has an unknown form or a wrong length", correction="run 'blockvirt check'")
 
 
+def packed_planes(payload: bytes) -> bytes | None:
+    """Return the planes of a stored leaf in the packed form; None where it has the other one, or none that is known."""
+    return payload[1:] if payload[:1] == b"\x02" and len(payload) == 1 + _PACKED_BYTES else None
+
+
 def mapped(entries: "array[int]") -> int:
     """Return how many slots are mapped."""
     return LEAF_CHUNKS - entries.count(0)

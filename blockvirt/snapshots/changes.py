@@ -8,11 +8,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
+from blockvirt.lun.leaf import SLOT_BITS
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots.diff import Change, compare
 from blockvirt.volumes.gaps import born_between
-from blockvirt.volumes.versions import branch_record, lineage, visible_through
+from blockvirt.volumes.versions import branch_record, lineage, planes_through
 
 Chain = Sequence[tuple[int, int]]
 """Where a point's map is looked up, nearest first: (branch, newest epoch visible there)."""
@@ -70,8 +70,7 @@ def changes(
         base = leaf << SLOT_BITS
         if base >= end_chunk:
             break
-        before = visible_through(reader, old, leaf) if old else NO_ENTRIES
-        for change in compare(base, before, visible_through(reader, new, leaf)):
+        for change in compare(base, planes_through(reader, old, leaf), planes_through(reader, new, leaf)):
             start, end = max(change.chunk, first_chunk), min(change.chunk + change.count, end_chunk)
             if start >= end:
                 continue

@@ -5,10 +5,10 @@ hold the same bytes there. The other way round is not certain: a chunk that was 
 counts as changed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockvirt.lun.address import ADDRESS_MASK
+from blockvirt.lun.leaf_diff import differing
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +20,7 @@ class Change:
     zero: bool
 
 
-def compare(first_chunk: int, old: Sequence[int], new: Sequence[int]) -> Iterator[Change]:
-    """Yield the runs in which two versions of a leaf differ; ``first_chunk`` is the number of slot 0's chunk."""
-    start = count = 0
-    zero = False
-    differing = [slot for slot, (before, after) in enumerate(zip(old, new, strict=True)) if before != after]
-    for slot in differing:
-        if (old[slot] ^ new[slot]) & ADDRESS_MASK == 0:
-            continue  # the same chunk, with other flags
-        is_zero = not new[slot] & ADDRESS_MASK
-        if count and slot == start + count and is_zero == zero:
-            count += 1
-            continue
-        if count:
-            yield Change(first_chunk + start, count, zero)
-        start, count, zero = slot, 1, is_zero
-    if count:
-        yield Change(first_chunk + start, count, zero)
+def compare(first_chunk: int, old: bytes, new: bytes) -> Iterator[Change]:
+    """Yield the runs in which two versions of a leaf (its planes) differ; ``first_chunk`` is that of slot 0."""
+    for slot, count, zero in differing(old, new):
+        yield Change(first_chunk + slot, count, zero)

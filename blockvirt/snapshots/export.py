@@ -16,7 +16,7 @@ from blockvirt.errors import DeviceFault, InvalidRequest, InvalidSize, NotFound
 from blockvirt.ids import new_id
 from blockvirt.limits import STREAM_BATCH_LEAVES, STREAM_MAX_DATA_BYTES
 from blockvirt.lun.address import ADDRESS_MASK
-from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
+from blockvirt.lun.leaf import SLOT_BITS
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
@@ -29,7 +29,7 @@ from blockvirt.snapshots.stream_format import StreamBase, StreamEncoder, StreamH
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checksums import check_content, find_checksum
 from blockvirt.volumes.engine import Engine
-from blockvirt.volumes.versions import visible_through
+from blockvirt.volumes.versions import planes_through
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +261,7 @@ def _ranges(
 ) -> Iterator[_Range]:
     """Yield what differs between two points in some leaves, in order; raises DamagedRecord."""
     for leaf in leaves:
-        before = visible_through(reader, old, leaf) if old else NO_ENTRIES
-        for change in compare(leaf << SLOT_BITS, before, visible_through(reader, new, leaf)):
+        for change in compare(leaf << SLOT_BITS, planes_through(reader, old, leaf), planes_through(reader, new, leaf)):
             start, end = change.chunk << chunk_shift, min(size_bytes, (change.chunk + change.count) << chunk_shift)
             if start < end:
                 yield _Range(start, end - start, change.zero)

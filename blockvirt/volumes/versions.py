@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from blockvirt.errors import DamagedRecord
 from blockvirt.lun.address import chunk_of, file_of
 from blockvirt.lun.leaf import NO_ENTRIES, decode
+from blockvirt.lun.leaf_diff import NOTHING, planes
 from blockvirt.lun.versions import freed_addresses
 from blockvirt.meta.keys import (
     Table,
@@ -63,6 +64,15 @@ def visible_through(reader: Reader, chain: Sequence[tuple[int, int]], leaf: int)
         if found is not None:
             return found[1]
     return NO_ENTRIES
+
+
+def planes_through(reader: Reader, chain: Sequence[tuple[int, int]], leaf: int) -> bytes:
+    """Return a leaf as a point sees it, in the form that ``lun.leaf_diff`` compares; raises DamagedRecord."""
+    for branch, epoch in chain:
+        found = reader.floor(Table.LEAVES, leaf_key(branch, leaf, epoch), prefix=leaf_prefix(branch, leaf))
+        if found is not None:
+            return planes(unseal(*found, what=f"leaf {leaf} of branch {branch}"))
+    return NOTHING
 
 
 def leaf_births(reader: Reader, branch: int) -> Iterator[tuple[int, int]]:
