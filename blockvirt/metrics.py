@@ -193,9 +193,9 @@ def _pool(figures: Figures) -> Iterator[Metric]:
     pool = figures.pool
     for name, value, meaning in (
         ("capacity_bytes", pool.capacity_bytes, "What the devices can hold, limits and reserves applied."),
-        ("used_bytes", pool.used_bytes, "Chunks that some map entry names."),
+        ("used_bytes", pool.used_bytes, "Chunks that a map entry names, and freed ones until they are punched."),
         ("promised_bytes", figures.promised_bytes, "The sum of the sizes of all volumes."),
-        ("reserved_bytes", pool.reserved_bytes, "Allocated ahead, or freed and not yet punched out."),
+        ("reserved_bytes", pool.reserved_bytes, "Allocated ahead of what is written."),
         ("free_bytes", pool.free_bytes, "What may still be allocated."),
         ("overcommit_ratio", pool.overcommit_ratio, "How much may be promised for each byte of capacity."),
         ("volumes", figures.volumes, "Volumes, open or not."),

@@ -32,9 +32,9 @@ class DeviceFigures:
     free_bytes: int
     """Free on the filesystem."""
     used_bytes: int
-    """In chunks that some map entry names."""
+    """In chunks that some map entry names, and in freed ones until they are punched out."""
     ahead_bytes: int = 0
-    """Allocated by us beyond that: for chunks to come, or freed and not yet punched out."""
+    """Allocated by us beyond that: for chunks to come."""
     limit_bytes: int | None = None
     """Use at most so much of the filesystem."""
     reserve_bytes: int = 0
