@@ -190,6 +190,8 @@ def revert(
     volume = writer.record(VolumeRecord, Table.VOLUMES, before.id.encode())
     if volume is None or volume.branch != before.branch or volume.trashed_s or volume.deleting:
         raise InUse(f"volume {before.name!r} was reverted or deleted meanwhile", correction="look at it and try again")
+    if volume.size_bytes != before.size_bytes:  # what is promised for the difference is not the caller's to tell then
+        raise InUse(f"volume {before.name!r} has grown meanwhile", correction="try again")
     check_not_importing(volume)
     if writer.get(Table.SNAPSHOTS, target.id.encode()) is None:
         raise NotFound(f"snapshot {before.name}@{target.name} was deleted meanwhile")

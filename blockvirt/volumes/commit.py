@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from blockvirt.errors import DamagedRecord
 from blockvirt.lun.address import ADDRESS_MASK
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK, encode
-from blockvirt.meta.keys import Table, born_key, leaf_key, number_key
-from blockvirt.meta.records import BranchRecord, FileRecord, seal
+from blockvirt.meta.keys import POOL_KEY, Table, born_key, leaf_key, number_key
+from blockvirt.meta.records import BranchRecord, FileRecord, PoolRecord, seal
 from blockvirt.meta.store import Writer
 from blockvirt.volumes.leaf_map import FrozenLeaf
 from blockvirt.volumes.versions import branch_record, free_gap, previous_point, release, visible_version
@@ -78,6 +78,8 @@ def write_map(writer: Writer, change: MapChange, rows: Rows) -> BranchRecord:
         inherited_chunks=change.inherited_chunks,
     )
     writer.put_record(Table.BRANCHES, number_key(branch.number), branch)
+    if change.head_epoch > change.epoch:  # with or without a snapshot: that may still be refused
+        _raise_epoch(writer, change.head_epoch)
     for mark in change.files:
         file = writer.record(FileRecord, Table.FILES, number_key(mark.number))
         assert file is not None, "a file's record is durable before anything is written to it"
@@ -94,6 +96,13 @@ def write_map(writer: Writer, change: MapChange, rows: Rows) -> BranchRecord:
         for leaf, _, _, _ in rows:
             release(writer, _superseded(writer, change, leaf, point))
     return branch
+
+
+def _raise_epoch(writer: Writer, epoch: int) -> None:
+    pool = writer.record(PoolRecord, Table.POOL, POOL_KEY)
+    assert pool is not None, "a volume is open, so its pool has a record"
+    if pool.epoch < epoch:
+        writer.put_record(Table.POOL, POOL_KEY, replace(pool, epoch=epoch))
 
 
 def _no_longer_held(writer: Writer, change: MapChange) -> list[int]:

@@ -17,9 +17,13 @@ from blockvirt.errors import (
     VolumeStopped,
 )
 from blockvirt.lun.address import FRESH
+from blockvirt.lun.leaf import decode
 from blockvirt.meta.keys import Table
+from blockvirt.meta.store import Writer
+from blockvirt.meta.verify import verify_records
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.requests import NewVolume, VolumeChange
 from tests.snapshots.conftest import SnapshotPool
 from tests.volumes.conftest import findings, read, until, write
 
@@ -260,3 +264,45 @@ async def test_a_forced_revert_keeps_guests_out_until_the_volume_is_reopened(poo
     assert (await content_of(pool, f"v@{done.safety.name}"))[:CHUNK] == b"b" * CHUNK
     await handle.close()
     assert not findings(pool)
+
+
+async def test_a_snapshot_that_is_refused_at_its_commit_leaves_the_epochs_in_order(pool: SnapshotPool) -> None:
+    """Its epoch is closed by then: the pool's counter goes along, and 'check' finds nothing."""
+    await pool.volume(SIZE, "v")
+    outcomes = await asyncio.gather(*(pool.snapshots.create({"v": "same"}) for _ in range(4)), return_exceptions=True)
+    assert sum(isinstance(outcome, Exists) for outcome in outcomes) == 3
+    with pool.engine.store.read() as reader:
+        assert not list(verify_records(reader, decode))
+
+
+async def test_a_revert_beside_a_growth_promises_what_the_volume_has(pool: SnapshotPool) -> None:
+    """The growth is on its way to the writer when the revert looks at the size."""
+    catalogue = pool.catalogue
+    await catalogue.create(NewVolume(size_bytes=SIZE, name="v"))
+    await pool.snapshots.create({"v": "a"})
+
+    def sealed() -> bool:
+        with pool.engine.store.read() as reader:
+            return not reader.count(Table.SEALS)
+
+    await until(sealed)  # else that would commit, too
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold(_: Writer) -> bool:
+        held.set()
+        return let_go.wait(10)
+
+    holding = asyncio.create_task(pool.engine.store.commit(hold))
+    await until(held.is_set)
+    growth = asyncio.create_task(catalogue.change("v", VolumeChange(size_bytes=2 * SIZE)))
+    await asyncio.sleep(0)
+    revert = asyncio.create_task(pool.reverts.revert("v@a"))
+    await until(lambda: catalogue.promised_bytes == 2 * SIZE and pool.engine.store._writer._waiting.qsize() == 2)
+    let_go.set()
+    await holding
+    assert (await growth).size_bytes == 2 * SIZE
+    with pytest.raises(InUse, match="grown"):
+        await revert
+    assert catalogue.promised_bytes == 2 * SIZE
+    await pool.reverts.revert("v@a")
+    assert catalogue.promised_bytes == SIZE
