@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockvirt.errors import InUse, InvalidRequest, NotFound
@@ -140,7 +141,7 @@ class Flattening:
                 )
             if await self._store.commit(lambda writer: _let_go(writer, number)):
                 self._engine.jobs.wake()
-            self._look_up_anew(number)
+            await self._look_up_anew(number)
 
     def _leaves(self, branch: int) -> list[int]:
         """Return the leaves that the branch or an origin of it has, in order. Blocks."""
@@ -149,20 +150,23 @@ class Flattening:
             chain = lineage(reader, record, record.head_epoch)
             return sorted({leaf for number, _ in chain for leaf, _ in leaf_births(reader, number)})
 
-    def _look_up_anew(self, branch: int) -> None:
-        """Have every open map that comes from the branch forget the addresses that were replaced."""
-        maps = [opened.volume.map for opened in self._engine.registry.opened()]
-        maps += [opened.map for opened in self._readers.opened()]
-        for each in maps:
-            if each.comes_from(branch):
-                each.look_up_anew()
+    async def _look_up_anew(self, branch: int) -> None:
+        """Have all that is open and comes from the branch forget the replaced addresses, and close their files."""
+        volumes = [each for each in self._engine.registry.opened() if each.volume.map.comes_from(branch)]
+        snapshots = [each for each in self._readers.opened() if each.map.comes_from(branch)]
+        for leaf_map in [*(each.volume.map for each in volumes), *(each.map for each in snapshots)]:
+            leaf_map.look_up_anew()
+        for volume in volumes:
+            await volume.close_foreign()
+        for snapshot in snapshots:
+            await snapshot.close_files()
 
     # --- one leaf ----------------------------------------------------------------------------------------------------
 
     async def _leaf(self, opened: OpenVolume, leaf: int) -> bool:
         """Replace the foreign addresses of one leaf; False where its versions changed meanwhile: look again."""
         volume, slow = opened.volume, opened.slow
-        sources = self._foreign(opened, leaf)
+        sources = await self._foreign(opened, leaf)
         if not sources:
             return True
         copies = dict(zip(sources, await slow.copy_chunks(sources), strict=True))
@@ -191,17 +195,24 @@ class Flattening:
         finally:
             volume.give_up([copy for copy in copies.values() if copy not in used])
 
-    def _foreign(self, opened: OpenVolume, leaf: int) -> list[int]:
+    async def _foreign(self, opened: OpenVolume, leaf: int) -> list[int]:
         """Return the foreign addresses in the versions of a leaf, in the order of their chunks."""
         first, own = leaf << SLOT_BITS, opened.volume.files.records
         found = _addresses(opened.volume.map.leaf(leaf).entries, first, own)
+        stored = partial(self._stored_foreign, opened.volume.map.branch, leaf, own)
+        found |= await self._engine.context.threads.run(stored)  # each snapshot may have brought a version
+        return sorted(found, key=lambda address: found[address])
+
+    def _stored_foreign(self, number: int, leaf: int, own: Container[int]) -> dict[int, int]:
+        """Return the foreign addresses in the stored versions of a leaf, each with its chunk. Blocks."""
+        first, found = leaf << SLOT_BITS, dict[int, int]()
         with self._store.read() as reader:
-            branch = branch_record(reader, opened.volume.map.branch)
+            branch = branch_record(reader, number)
             for _, entries in _stored_versions(reader, branch, leaf):
                 found |= _addresses(entries, first, own)
             if _sees_origin(reader, branch, leaf):
                 found |= _addresses(_of_origin(reader, branch, leaf), first, own)
-        return sorted(found, key=lambda address: found[address])
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +262,8 @@ def _substitute(writer: Writer, number: int, leaf: int, copies: Mapping[int, int
 def _let_go(writer: Writer, number: int) -> bool:
     """Let a flattened branch go of its origins, and its children keep them; tells whether jobs were queued."""
     branch = branch_record(writer, number)
+    if not branch.origin_branch:  # done already: by a job whose end was not recorded any more
+        return False
     origins = [(branch.origin_branch, branch.origin_epoch), *branch.pins]
     for _, who in points_of(writer, number):
         if isinstance(who, int):

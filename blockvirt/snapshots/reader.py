@@ -96,13 +96,17 @@ class OpenSnapshot:
         future.add_done_callback(lambda _: self.inflight.leave(number))
         await asyncio.shield(future)
 
-    async def close(self) -> None:
-        """Close the descriptors when no read is under way."""
-        await self.inflight.drained()
-        self.context.inflights.discard(self.inflight)
+    async def close_files(self) -> None:
+        """Close the descriptors when no read under way uses them; later reads open the files anew."""
         files, self._files = list(self._files.values()), {}
+        await self.inflight.drained()
         for file in files:
             file.close()
+
+    async def close(self) -> None:
+        """Close the descriptors when no read is under way."""
+        await self.close_files()
+        self.context.inflights.discard(self.inflight)
         self.map.close()
 
     # --- what contexts say -----------------------------------------------------------------------------------------

@@ -42,6 +42,13 @@ class OpenVolume:
                 log.error("volume %s: closing: %s", volume.record.name, error)
         await self.abandon(keep_journal=volume.failure is not None)
 
+    async def close_foreign(self) -> None:
+        """Close the files of other branches: while they are open, unlinking them frees nothing."""
+        files = self.volume.files.take_foreign()
+        await self.volume.inflight.drained()
+        for file in files:
+            file.close()
+
     async def abandon(self, *, keep_journal: bool) -> None:
         """Close every descriptor and let memory go, without a checkpoint."""
         volume = self.volume

@@ -110,6 +110,10 @@ class BranchFiles:
         self._admit(file)
         return file
 
+    def take_foreign(self) -> list[BackingFile]:
+        """Give away the open files of other branches: to be closed when no operation uses them. ``get`` opens anew."""
+        return [self.open_files.pop(number) for number in list(self.open_files) if number not in self.records]
+
     async def close(self, *, give_back: bool = True) -> None:
         """Close the descriptors, and give space reserved ahead back to the filesystem.
 

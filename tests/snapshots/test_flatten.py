@@ -2,14 +2,23 @@
 
 import asyncio
 import os
+import threading
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from blockvirt.errors import InvalidRequest
 from blockvirt.limits import COPY_BATCH_CHUNKS, RESERVE_STEP_MIN_BYTES
 from blockvirt.lun.address import ADDRESS_MASK
+from blockvirt.lun.leaf import decode
 from blockvirt.meta.keys import Table, number_key
-from blockvirt.meta.records import BranchRecord, SnapshotRecord
+from blockvirt.meta.records import BranchRecord, JobRecord, SnapshotRecord
+from blockvirt.meta.store import Reader, Writer
+from blockvirt.meta.verify import verify_records
+from blockvirt.snapshots import flatten
 from blockvirt.snapshots.reader import SnapshotHandle
 from blockvirt.volumes.job_states import Action
 from blockvirt.volumes.opened import OpenVolume
@@ -264,3 +273,64 @@ async def test_a_branch_knows_its_first_epoch(family: Family) -> None:
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(family.golden.branch))
     assert branch is not None
     assert branch.first_epoch <= family.golden.epoch < branch.head_epoch
+
+
+async def test_a_flatten_whose_end_was_not_recorded_ends_again(family: Family) -> None:
+    """It was killed behind the commit that lets the origin go: done anew, it leaves those that come from it alone."""
+    await family.clone(family.golden, "clone")
+    await family.clone(await family.snapshot("clone", "middle"), "grandchild")
+    await family.flatten("clone")
+    pool = family.pool
+    (done,) = pool.engine.jobs.list(kind="flatten")
+    key = done.id.encode()
+
+    def run_again(writer: Writer) -> None:
+        job = writer.record(JobRecord, Table.JOBS, key)
+        assert job is not None
+        writer.put_record(Table.JOBS, key, replace(job, state="running"))
+
+    await pool.engine.store.commit(run_again)
+    await pool.close()
+    await pool.start()
+    assert (await pool.engine.jobs.finished(done.id)).state == "done"
+    assert {branch.pins for branch in branches(pool)} == {(), ((family.golden.branch, family.golden.epoch),)}
+    await settled(pool)
+    with pool.engine.store.read() as reader:
+        assert not list(verify_records(reader, decode))
+
+
+async def test_files_of_an_origin_that_goes_are_kept_open_by_nobody(family: Family) -> None:
+    """Who had read from them while the clone was flattened may be at it for months: their space would stay taken."""
+    clone = await family.clone(family.golden, "clone")
+    handle = await family.pool.open(clone)
+    reader = family.pool.readers.open(await family.snapshot("clone", "a"), "reader")
+    assert await read(handle, 0, SIZE) == await read_snapshot(reader) == family.content
+    await family.flatten("clone")
+    await family.lose_golden()
+    folder = Path("/proc/self/fd")
+    targets = [os.readlink(each) for each in folder.iterdir() if each.is_symlink()]
+    mine = [target for target in targets if target.startswith(str(family.pool.device))]
+    assert mine
+    assert not [target for target in mine if target.endswith("(deleted)")]
+    assert await read(handle, 0, SIZE) == await read_snapshot(reader) == family.content
+    await reader.close()
+    await handle.close()
+
+
+async def test_older_versions_are_looked_through_off_the_event_loop(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leaf has as many as there are snapshots that changed it: 10,000 of them would take a second."""
+    clone = await family.clone(family.golden, "clone")
+    await family.write(clone, 3, b"x" * CHUNK)
+    await family.snapshot("clone", "a")
+    loop_thread, threads, stored = threading.get_ident(), set[int](), flatten._stored_versions
+
+    def noted(reader: Reader, branch: BranchRecord, leaf: int) -> "Iterator[tuple[int, array[int]]]":
+        threads.add(threading.get_ident())
+        return stored(reader, branch, leaf)
+
+    monkeypatch.setattr(flatten, "_stored_versions", noted)
+    await family.flatten("clone")
+    assert threads
+    assert loop_thread not in threads
