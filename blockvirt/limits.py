@@ -39,6 +39,7 @@ CHANGED_LEAF_LISTS = 4  # lists of the leaves that differ between two snapshots,
 COPY_BATCH_CHUNKS = 16  # chunks that a flatten copies in one go of a thread: 1 MiB, a few ms of the disk
 RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
 RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
+RECLAIM_BATCH_VERSIONS = 128  # dead versions that it removes: 10 ms; one leaf may have thousands, of as many snapshots
 SPACE_FIGURES_S = 0.1  # of a thread for one scrape: the interpreter is shared with the guests' requests
 SPACE_FIGURES_COST_RATIO = 0.02  # of the time may go into one volume's figures: with many snapshots they take seconds
 PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per so much written: 25 us each

@@ -124,7 +124,7 @@ def _no_longer_held(writer: Writer, change: MapChange) -> list[int]:
 def _superseded(writer: Writer, change: MapChange, leaf: int, point: int) -> list[int]:
     """Remove the versions behind ``point`` that nobody sees now that the head has its own; returns what that frees."""
     try:
-        return free_gap(writer, change.branch, leaf, point, change.epoch)
+        return free_gap(writer, change.branch, leaf, point, change.epoch)[1]
     except DamagedRecord as error:
         log.error("older versions of leaf %d of branch %d are not freed: %s", leaf, change.branch, error)
         return []

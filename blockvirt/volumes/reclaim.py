@@ -10,11 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.ids import new_id
-from blockvirt.limits import RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS
+from blockvirt.limits import RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS, RECLAIM_BATCH_VERSIONS
 from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, split_pair, volume_branch_key
 from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord
 from blockvirt.meta.store import Reader, Writer
@@ -71,7 +72,11 @@ def adopt_rows(writer: Writer) -> None:
             purging.add(job.volume_id)
     for key, _ in writer.scan(Table.RECLAIM):
         branch, epoch = split_pair(key)
-        record = writer.record(BranchRecord, Table.BRANCHES, number_key(branch))
+        try:
+            record = writer.record(BranchRecord, Table.BRANCHES, number_key(branch))
+        except DamagedRecord as error:  # the row stays, for when the record is mended
+            log.error("%s", error)
+            continue
         volume_id = record.volume_id if record is not None else ""
         if (branch, epoch) not in claimed and volume_id not in purging:
             queue_reclaim(writer, branch, epoch, subject=f"branch {branch}", volume_id=volume_id)
@@ -110,15 +115,14 @@ class Reclaimer:
 
     async def _free_gap(self, job: Running, branch: BranchRecord, epoch: int) -> None:
         gap = await self._threads.run(partial(self._look, branch, epoch))
-        done, start = 0, b""
-        while True:
+        done = 0
+        place: _Place | None = _BEGIN
+        while place is not None:
             job.checkpoint()
-            visited, start = await self._store.commit(partial(_step, gap, epoch, start))
+            visited, place = await self._store.commit(partial(_step, gap, epoch, place))
             self._punches.set()
             done += visited
             await job.advance(done, max(done, gap.leaves), epoch)
-            if not start:
-                return
             await asyncio.sleep(0)
 
     def _look(self, branch: BranchRecord, epoch: int) -> Gap:
@@ -156,26 +160,45 @@ class Reclaimer:
         await self._threads.run(lambda: unlink_files(doomed))
 
 
-def _step(gap: Gap, epoch: int, start: bytes, writer: Writer) -> tuple[int, bytes]:
-    """Free some of a gap's leaves; returns how many were visited, and the key to go on at (empty: that was all)."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a step goes on."""
+
+    key: bytes
+    """The row of the index of births to go on from."""
+    leaf: int | None = None
+    """One that is to be judged before, whose row may have gone: some of its dead versions are left."""
+
+
+_BEGIN = _Place(b"")
+
+
+def _step(gap: Gap, epoch: int, place: _Place, writer: Writer) -> tuple[int, _Place | None]:
+    """Free some of a gap's leaves; returns how many are done, and where to go on (None: that was all)."""
     branch = writer.record(BranchRecord, Table.BRANCHES, number_key(gap.branch))
     if branch is None:
-        return 0, b""
+        return 0, None
     # The neighbours may have changed since the gap was looked at: another point went, and has its own row.
     after, upto = previous_point(writer, gap.branch, epoch), next_point(writer, branch, epoch)
-    leaves: dict[int, None] = {}
-    last = b""
-    for _, leaf, key in born_between(writer, gap.branch, gap.first_epoch, gap.last_epoch, start):
+    leaves: dict[int, bytes] = {} if place.leaf is None else {place.leaf: place.key}
+    behind = None
+    for _, leaf, key in born_between(writer, gap.branch, gap.first_epoch, gap.last_epoch, place.key):
         if len(leaves) == RECLAIM_BATCH_LEAVES:
-            last = key
+            behind = _Place(key)
             break
-        leaves[leaf] = None
-    for leaf in leaves:
+        leaves.setdefault(leaf, key)
+    room = RECLAIM_BATCH_VERSIONS
+    for done, (leaf, key) in enumerate(leaves.items()):
         try:
-            release(writer, free_gap(writer, gap.branch, leaf, after, upto))
+            removed, freed = free_gap(writer, gap.branch, leaf, after, upto, room)
         except DamagedRecord as error:
             log.error("leaf %d of branch %d is not reclaimed: %s", leaf, gap.branch, error)
-    return len(leaves), last
+            continue
+        release(writer, freed)
+        if removed == room:
+            return done, _Place(key, leaf)
+        room -= removed
+    return len(leaves), behind
 
 
 def _delete_rows(table: Table, prefix: bytes, writer: Writer) -> int:

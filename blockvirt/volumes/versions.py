@@ -124,13 +124,16 @@ def owner_of(reader: Reader, branch: int) -> Callable[[int], bool]:
 
 
 def dead_in_gap(
-    reader: Reader, branch: int, leaf: int, after_epoch: int, upto_epoch: int | None
+    reader: Reader, branch: int, leaf: int, after_epoch: int, upto_epoch: int | None, most: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Return the births of a leaf's versions that nobody sees between two neighbouring points, and what they free.
 
     ``after_epoch`` is the earlier point (0: there is none), ``upto_epoch`` the later one (None: there is none, so
-    nothing later is seen). Raises DamagedRecord where a version that must be compared is damaged.
+    nothing later is seen). Of more than ``most`` the oldest are returned: the next one is then what they are compared
+    with, since an address that it does not hold is in none behind it. Raises DamagedRecord where a version that must
+    be compared is damaged.
     """
+    whole = True
     found: list[tuple[int, bytes, bytes]] = []
     start = leaf_key(branch, leaf, after_epoch + 1)
     # As a plain reader, which takes no rows ahead: nothing is changed meanwhile.
@@ -139,7 +142,10 @@ def dead_in_gap(
         if upto_epoch is not None and birth > upto_epoch:
             break
         found.append((birth, key, stored))
-    after = found.pop() if found and upto_epoch is not None else None
+        if most is not None and len(found) > most:
+            whole = False
+            break
+    after = found.pop() if found and (upto_epoch is not None or not whole) else None
     if not found:
         return [], []
     before = visible_version(reader, branch, leaf, after_epoch) if after_epoch else None
@@ -152,13 +158,15 @@ def dead_in_gap(
     return [birth for birth, _, _ in found], freed
 
 
-def free_gap(writer: Writer, branch: int, leaf: int, after_epoch: int, upto_epoch: int | None) -> list[int]:
-    """Remove the versions that ``dead_in_gap`` finds; returns the addresses that are to be released."""
-    births, freed = dead_in_gap(writer, branch, leaf, after_epoch, upto_epoch)
+def free_gap(
+    writer: Writer, branch: int, leaf: int, after_epoch: int, upto_epoch: int | None, most: int | None = None
+) -> tuple[int, list[int]]:
+    """Remove the versions that ``dead_in_gap`` finds; returns how many, and the addresses that are to be released."""
+    births, freed = dead_in_gap(writer, branch, leaf, after_epoch, upto_epoch, most)
     for birth in births:
         writer.delete(Table.LEAVES, leaf_key(branch, leaf, birth))
         writer.delete(Table.BORN, born_key(branch, birth, leaf))
-    return freed
+    return len(births), freed
 
 
 def release(writer: Writer, freed: Sequence[int], *, counted: bool = False) -> None:
