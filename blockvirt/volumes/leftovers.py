@@ -13,6 +13,7 @@ from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
 from blockvirt.volumes.recovery import go_back_to_disk, recover
+from blockvirt.volumes.versions import branch_record
 from blockvirt.volumes.volume import stopped_error
 
 log = logging.getLogger("blockvirt.recovery")
@@ -47,7 +48,8 @@ class Leftovers:
                 await context.threads.run(lambda: go_back_to_disk(context, branch))
 
             def clear(writer: Writer) -> None:
-                writer.put_record(Table.BRANCHES, number_key(branch.number), replace(branch, stopped=""))
+                stored = branch_record(writer, branch.number)  # the background may have changed it meanwhile
+                writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=""))
 
             await context.store.commit(clear)
 

@@ -3,13 +3,20 @@
 import asyncio
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockvirt.errors import DeviceFault, InUse, VolumeStopped
 from blockvirt.meta.keys import Table
+from blockvirt.meta.records import BranchRecord
+from blockvirt.meta.store import Writer
+from blockvirt.volumes import leftovers
 from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.recovery import go_back_to_disk
 from tests.volumes.conftest import Pool, abandon, findings, read, write
 
 SIZE = 64 * 4096
@@ -185,3 +192,30 @@ async def test_a_stopped_volume_is_shown_as_such_at_every_moment(pool: Pool, mon
     handle = await pool.open(volume_id)
     assert (catalogue.get("v").state, catalogue.get("v").damage) == ("in-use", "")
     await handle.close()
+
+
+async def test_reopening_keeps_what_the_background_changed_meanwhile(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flatten of an origin gives a branch new pins while the disk is being asked."""
+    volume_id = await pool.volume(SIZE)
+
+    def change(writer: Writer, **fields: Any) -> None:
+        (key, _), *_ = writer.scan(Table.BRANCHES)
+        branch = writer.record(BranchRecord, Table.BRANCHES, key)
+        assert branch is not None
+        writer.put_record(Table.BRANCHES, key, replace(branch, **fields))
+
+    await pool.engine.store.commit(lambda writer: change(writer, stopped="planted"))
+
+    def meanwhile(context: VolumeContext, branch: BranchRecord) -> None:
+        go_back_to_disk(context, branch)
+        context.store.commit_now(lambda writer: change(writer, pins=((7, 7),)))
+
+    monkeypatch.setattr(leftovers, "go_back_to_disk", meanwhile)
+    await pool.engine.registry.reopen(volume_id)
+    with pool.engine.store.read() as reader:
+        (key, _), *_ = reader.scan(Table.BRANCHES)
+        branch = reader.record(BranchRecord, Table.BRANCHES, key)
+    assert branch is not None
+    assert (branch.pins, branch.stopped) == (((7, 7),), "")
