@@ -299,12 +299,12 @@ class Catalogue:
         if purge_at_s:
             log.info("volume %s (%s) is in the trash", record.name, record.id)
             await self._open.retire(record.id)
-            self.trash.wake()
+            self.trash.wake(purge_at_s)
         else:
             self.promises.release(record.size_bytes)
             log.info("volume %s (%s) is being deleted", record.name, record.id)
             await self._open.discard(record.id)
-            self._open.wake_jobs()
+            self._open.wake_jobs(job_id)
         return Deletion(found, deleted=True, obstacles=obstacles, shares=shares, job_id=job_id, purge_at_s=purge_at_s)
 
     async def reopen(self, name_or_id: str) -> Volume:

@@ -117,20 +117,17 @@ def branches_of(reader: Reader, volume_id: str) -> list[int]:
     return [split_volume_branch(key)[1] for key, _ in rows]
 
 
-def due_purges(reader: Reader, now_s: float) -> tuple[list[VolumeRecord], float | None]:
-    """Return the volumes that the trash lets go of by now, and when the next one is due (None: none is)."""
-    due: list[VolumeRecord] = []
-    next_s: float | None = None
-    for key, _ in reader.scan(Table.TRASH):
+def trashed_volumes(reader: Reader, start: bytes, limit: int) -> tuple[list[VolumeRecord], bytes]:
+    """Return volumes in the trash from the key ``start`` on, and the key to go on at (empty: that was all)."""
+    found: list[VolumeRecord] = []
+    for count, (key, _) in enumerate(reader.scan(Table.TRASH, start=start)):
+        if count == limit:
+            return found, key
         try:
             record = reader.record(VolumeRecord, Table.VOLUMES, key)
         except BlockvirtError as error:
             log.error("volume %s in the trash: %s", key.decode(), error)
             continue
-        if record is None or record.deleting:
-            continue
-        if record.purge_at_s <= now_s:
-            due.append(record)
-        else:
-            next_s = record.purge_at_s if next_s is None else min(next_s, record.purge_at_s)
-    return due, next_s
+        if record is not None and not record.deleting:
+            found.append(record)
+    return found, b""

@@ -40,8 +40,8 @@ class OpenVolumes(Protocol):
     async def retire(self, volume_id: str) -> None:
         """Drop the sessions of a volume that is in the trash now, and close it with a checkpoint."""
 
-    def wake_jobs(self) -> None:
-        """Say that jobs were queued: a deleted volume's chunks, files and records go in the background."""
+    def wake_jobs(self, *ids: str) -> None:
+        """Say that jobs were queued, and which: a deleted volume's chunks, files and records go in the background."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class _Slot:
 class VolumeRegistry:
     """The open volumes of the pool."""
 
-    def __init__(self, context: VolumeContext, leftovers: Leftovers, wake_jobs: Callable[[], None]) -> None:
+    def __init__(self, context: VolumeContext, leftovers: Leftovers, wake_jobs: Callable[..., None]) -> None:
         self._context = context
         self._leftovers = leftovers
         self._wake_jobs = wake_jobs
@@ -239,9 +239,9 @@ class VolumeRegistry:
         except BlockvirtError as error:  # it is in the trash all the same; whoever restores it meets this again
             log.error("%s: %s", error.message, error.cause)
 
-    def wake_jobs(self) -> None:
+    def wake_jobs(self, *ids: str) -> None:
         """See OpenVolumes."""
-        self._wake_jobs()
+        self._wake_jobs(*ids)
 
     def volume_of(self, session_id: str) -> str | None:
         """Return the id of the volume that a session has open."""

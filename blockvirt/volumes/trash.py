@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
+from uuid import UUID
 
 from blockvirt.errors import BlockvirtError, Exists, NotFound
 from blockvirt.ids import check_name, is_id
@@ -13,10 +15,11 @@ from blockvirt.limits import TRASH_LOOK_S
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.meta.store import Reader, Store, Writer
-from blockvirt.volumes.deletion import due_purges, queue_purge
+from blockvirt.volumes.deletion import queue_purge, trashed_volumes
 from blockvirt.volumes.ports import OpenVolumes
 from blockvirt.volumes.promises import Promises
 from blockvirt.volumes.transactions import snapshots_held
+from blockvirt.volumes.views import READ_BATCH
 
 log = logging.getLogger("blockvirt.trash")
 
@@ -45,6 +48,8 @@ class Trash:
         self._promises = promises
         self._clock = clock
         self._changed = asyncio.Event()
+        self._look_at_s = inf
+        """When the worker looks again, by the clock."""
 
     def list(self) -> tuple[Trashed, ...]:
         """Return the volumes in the trash, those that go first first."""
@@ -63,7 +68,12 @@ class Trash:
     def get(self, name_or_id: str) -> Trashed:
         """Return a volume in the trash, by id, or by name if just one was called so; raises NotFound, Exists."""
         if is_id(name_or_id):
-            matching = [each for each in self.list() if each.id.replace("-", "") == name_or_id.replace("-", "")]
+            volume_id = str(UUID(name_or_id))
+            with self._store.read() as reader:
+                record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+                if record is not None and record.trashed_s and not record.deleting:
+                    return _trashed(reader, record)
+            matching = []
         else:
             matching = [each for each in self.list() if each.name == name_or_id]
         if not matching:
@@ -90,33 +100,53 @@ class Trash:
 
     async def purge(self, name_or_id: str) -> str:
         """Delete a volume in the trash for good; returns the job's id. Raises NotFound, Exists, InUse (a hold)."""
-        found = self.get(name_or_id)
-        job_id, size_bytes = await self._store.commit(partial(_purge, found.id))
+        return await self._purge(self.get(name_or_id).id)
+
+    async def _purge(self, volume_id: str) -> str:
+        job_id, size_bytes = await self._store.commit(partial(_purge, volume_id))
         self._promises.release(size_bytes)
-        self._open.wake_jobs()
+        self._open.wake_jobs(job_id)
         return job_id
 
-    def wake(self) -> None:
-        """Say that a volume was put into the trash."""
-        self._changed.set()
+    def wake(self, purge_at_s: float) -> None:
+        """Say that a volume was put into the trash, until then."""
+        if purge_at_s < self._look_at_s:
+            self._changed.set()
 
     async def run(self) -> None:
         """Purge what is due, until cancelled."""
         while True:
             self._changed.clear()
-            with self._store.read() as reader:
-                due, next_s = due_purges(reader, self._clock())
+            self._look_at_s = inf
+            due, next_s = await self._due()
             for record in due:
                 try:
-                    await self.purge(record.id)
+                    await self._purge(record.id)
                 except BlockvirtError as error:
                     log.error("volume %s is not purged from the trash: %s", record.name, error)
             # The clock may be set meanwhile: look again after a while, however far the next deadline is.
-            wait_s = TRASH_LOOK_S if next_s is None else min(TRASH_LOOK_S, max(0.0, next_s - self._clock()))
+            now_s = self._clock()
+            wait_s = TRASH_LOOK_S if next_s is None else min(TRASH_LOOK_S, max(0.0, next_s - now_s))
+            self._look_at_s = now_s + wait_s
             try:
                 await asyncio.wait_for(self._changed.wait(), wait_s)
             except TimeoutError:
                 continue
+
+    async def _due(self) -> tuple[Sequence[VolumeRecord], float | None]:
+        """Return what is due, and when the next one is (None: none is); others run between batches."""
+        due: list[VolumeRecord] = []
+        deadlines: list[float] = []
+        start = b""
+        while True:
+            with self._store.read() as reader:
+                found, start = trashed_volumes(reader, start, READ_BATCH)
+            now_s = self._clock()
+            due += [record for record in found if record.purge_at_s <= now_s]
+            deadlines += [record.purge_at_s for record in found if record.purge_at_s > now_s]
+            if not start:
+                return due, min(deadlines, default=None)
+            await asyncio.sleep(0)
 
 
 def _trashed(reader: Reader, record: VolumeRecord) -> Trashed:

@@ -113,7 +113,7 @@ class OpenVolumes:
         """Drop the sessions."""
         await self.server.drop_volume(volume_id)
 
-    def wake_jobs(self) -> None:
+    def wake_jobs(self, *ids: str) -> None:
         """Count."""
         self.woken += 1
 

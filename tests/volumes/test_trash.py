@@ -1,0 +1,44 @@
+"""The trash's worker: what is due goes, at a cost that grows with what is due."""
+
+import asyncio
+
+from blockvirt.meta.keys import Table
+from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.requests import NewVolume
+from tests.volumes.conftest import Pool, until
+
+
+async def test_many_volumes_that_are_due_are_looked_at_once(pool: Pool) -> None:
+    now_s = 1_000.0
+    catalogue = Catalogue(
+        pool.engine.store, pool.engine.registry, pool.engine.storage, trash_s=3_600.0, clock=lambda: now_s
+    )
+    for number in range(60):  # more than one batch of them
+        await catalogue.create(NewVolume(size_bytes=4096, name=f"v{number}"))
+        await catalogue.delete(f"v{number}")
+    kept = catalogue.trash.list()[0].id
+    await catalogue.trash.restore(kept)
+    looked, scan = [], catalogue.trash._due
+
+    async def counted():  # type: ignore[no-untyped-def]
+        looked.append(now_s)
+        return await scan()
+
+    catalogue.trash._due = counted  # type: ignore[method-assign]
+    worker = asyncio.create_task(catalogue.trash.run())
+    await until(lambda: len(looked) == 1)
+    assert len(catalogue.trash.list()) == 59
+    await catalogue.delete(kept)  # due in an hour: no reason to look at all the others
+    await asyncio.sleep(0)
+    assert len(looked) == 1
+    now_s += 3_601.0
+    catalogue.trash.wake(0.0)
+
+    def gone() -> bool:
+        with pool.engine.store.read() as reader:
+            return not reader.count(Table.TRASH)
+
+    await until(gone)
+    await until(lambda: len(looked) == 2)
+    worker.cancel()
+    assert not catalogue.promised_bytes
