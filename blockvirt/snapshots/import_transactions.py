@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from blockvirt.errors import BlockvirtError, NotFound, WrongBase
+from blockvirt.errors import BlockvirtError, InUse, NotFound, WrongBase
 from blockvirt.ids import new_id
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
@@ -52,6 +52,8 @@ def mark(writer: Writer, volume: VolumeRecord, base: SnapshotRecord) -> None:
     record = writer.record(VolumeRecord, Table.VOLUMES, volume.id.encode())
     if record is None or record.deleting or record.trashed_s or record.branch != volume.branch:
         raise NotFound(f"volume {volume.name!r} was deleted or reverted meanwhile", correction="try again")
+    if record.size_bytes != volume.size_bytes:  # what was promised for the rest does not fit any more
+        raise InUse(f"volume {volume.name!r} has grown meanwhile", correction="try again")
     check_not_importing(record)
     if writer.get(Table.SNAPSHOTS, base.id.encode()) is None:
         raise NotFound(f"snapshot {base.name!r} was deleted meanwhile", correction="try again")

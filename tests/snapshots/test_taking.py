@@ -19,9 +19,11 @@ from blockvirt.errors import (
 from blockvirt.lun.address import FRESH
 from blockvirt.lun.leaf import decode
 from blockvirt.meta.keys import Table
+from blockvirt.meta.records import VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.meta.verify import verify_records
 from blockvirt.pool.backing import BackingFile
+from blockvirt.snapshots.import_transactions import mark
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.requests import NewVolume, VolumeChange
 from tests.snapshots.conftest import SnapshotPool
@@ -306,3 +308,15 @@ async def test_a_revert_beside_a_growth_promises_what_the_volume_has(pool: Snaps
     assert catalogue.promised_bytes == 2 * SIZE
     await pool.reverts.revert("v@a")
     assert catalogue.promised_bytes == SIZE
+
+
+async def test_an_import_beside_a_growth_is_refused(pool: SnapshotPool) -> None:
+    """What it had promised was the difference to the size from before."""
+    await pool.catalogue.create(NewVolume(size_bytes=SIZE, name="v"))
+    (base,) = await pool.snapshots.create({"v": "a"})
+    with pool.engine.store.read() as reader:
+        looked_at = reader.record(VolumeRecord, Table.VOLUMES, base.volume_id.encode())
+    assert looked_at is not None
+    await pool.catalogue.change("v", VolumeChange(size_bytes=2 * SIZE))
+    with pytest.raises(InUse, match="grown"):
+        await pool.engine.store.commit(lambda writer: mark(writer, looked_at, base))
