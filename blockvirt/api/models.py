@@ -110,7 +110,7 @@ class Volume(Answer):
 
     id: str
     name: str
-    state: Literal["available", "in-use", "stopped", "damaged"]
+    state: Literal["available", "in-use", "stopped", "importing", "damaged"]
     size_bytes: int
     mapped_bytes: int = Field(description="What it occupies; the rest was never written, or was trimmed.")
     chunk_bytes: int

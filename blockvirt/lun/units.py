@@ -135,8 +135,10 @@ def add_unit(
     if host.deleting:
         raise BeingDeleted(f"host {host.name!r} is being deleted", correction="map the volume to another host")
     volume = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
-    if volume is None or volume.deleting:
+    if volume is None or volume.deleting or volume.trashed_s:
         raise NotFound(f"there is no volume {volume_id!r} any more", correction="map another volume")
+    if volume.importing:  # if the stream breaks off the volume goes, and the mapping would go with it unheard
+        raise InUse(f"a snapshot stream is being imported into volume {volume.name!r}", correction="wait for its end")
     mapped = [key for key, _ in writer.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/{host_id}/".encode())]
     if mapped:
         return _existing_unit(writer, host, volume, int(mapped[0].decode().rsplit("/", 1)[1]), number)

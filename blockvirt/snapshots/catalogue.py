@@ -92,7 +92,7 @@ class Snapshots:
         for name in names.values():
             check_name(name, what="snapshot")
         check_labels(labels or {})
-        self._check_space()
+        self.check_space("no snapshot is taken")
         with self._store.read() as reader:
             by_id = {locate(reader, volume)[0]: name for volume, name in names.items()}
             if len(by_id) < len(names):
@@ -114,10 +114,11 @@ class Snapshots:
             log.info("snapshot %s of volume %s taken", record.name, record.volume_id)
         return records
 
-    def _check_space(self) -> None:
+    def check_space(self, refused: str) -> None:
+        """Return unless the pool is at the level 'stop'; raises PoolFull."""
         if self._engine.storage.status().level == "stop":
             raise PoolFull(
-                "no snapshot is taken while the pool is full",
+                f"{refused} while the pool is full",
                 cause="after it even overwrites would need new space",
                 correction="delete snapshots or volumes, or add a device ('blockvirt device add DIR')",
             )

@@ -19,7 +19,7 @@ from blockvirt.meta.keys import Table, number_key, pair_key, split_point
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Store
 from blockvirt.snapshots.catalogue import find
-from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
+from blockvirt.snapshots.readers import SnapshotReaders, are_related, find_base
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.registry import VolumeRegistry
 from blockvirt.volumes.versions import branch_record
@@ -82,7 +82,8 @@ class Exports:
     def contexts(self, name: str, query: str) -> Sequence[str]:
         """See ExportDirectory. Of a snapshot's bitmaps the list has those since its ancestors, nearest first.
 
-        By its full name the bitmap since any other snapshot of the same volume is found, younger ones included.
+        By its full name the bitmap since any other snapshot of the same volume is found, younger ones included; and
+        since one of another volume, such as a clone's origin, as VOLUME@SNAPSHOT.
         """
         fixed = [context for context in (BASE_ALLOCATION, ALLOCATION_DEPTH) if context_matches(context, query)]
         if "@" not in name:
@@ -92,10 +93,10 @@ class Exports:
             _, snapshot = _readable(reader, name)
             if query.startswith(DIRTY_SINCE):
                 try:
-                    other = find_snapshot(reader, snapshot.volume_id, query.removeprefix(DIRTY_SINCE))
+                    other = find_base(reader, snapshot.volume_id, query.removeprefix(DIRTY_SINCE))
                 except NotFound:
                     return []
-                return [query] if other.id != snapshot.id else []
+                return [query] if other.id != snapshot.id and are_related(reader, snapshot, other) else []
             if context_matches(DIRTY_SINCE, query):
                 room = NBD_MAX_LISTED_CONTEXTS - len(fixed)
                 fixed += [DIRTY_SINCE + each.name for each in islice(ancestors(reader, snapshot), room)]

@@ -21,11 +21,21 @@ from blockvirt.ids import new_id
 from blockvirt.limits import FLATTEN_PIN_LEAVES, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, file_of
 from blockvirt.lun.leaf import SLOT_BITS, encode
-from blockvirt.meta.keys import Table, born_key, child_point_key, leaf_key, leaf_prefix, number_key, split_leaf
+from blockvirt.meta.keys import (
+    Table,
+    born_key,
+    child_point_key,
+    leaf_key,
+    leaf_prefix,
+    number_key,
+    pair_key,
+    split_leaf,
+)
 from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, seal
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.tasks import TaskSet
+from blockvirt.volumes.allowance import check_background
 from blockvirt.volumes.checkpoint import checkpoint_with
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.job_states import FINISHED
@@ -103,8 +113,15 @@ class Flattening:
         leaves = await self._engine.context.threads.run(lambda: self._leaves(number))
         leaf_bytes = LEAF_CHUNKS << self._engine.context.chunk_shift
         left = [leaf for leaf in leaves if leaf >= job.record.position]
+        await job.advance((len(leaves) - len(left)) * leaf_bytes, len(leaves) * leaf_bytes, job.record.position)
+        with self._store.read() as reader:
+            inherited_bytes = branch_record(reader, number).inherited_chunks << self._engine.context.chunk_shift
         while left:
             job.checkpoint()
+            check_background(self._engine.storage.status(), inherited_bytes, f"the flatten of {job.record.subject}")
+            inherited_bytes = (
+                0  # what is to come was looked at; whether guests leave it the room is looked at each time
+            )
             # Not for long at a time: whoever wants to revert or delete the volume waits for the pin.
             part = left[:FLATTEN_PIN_LEAVES]
             left = left[await self._whole(self._some_leaves(job, part)) :]
@@ -141,6 +158,7 @@ class Flattening:
                 )
             if await self._store.commit(lambda writer: _let_go(writer, number)):
                 self._engine.jobs.wake()
+            self._engine.sealing.set()
             await self._look_up_anew(number)
 
     def _leaves(self, branch: int) -> list[int]:
@@ -265,13 +283,15 @@ def _let_go(writer: Writer, number: int) -> bool:
     if not branch.origin_branch:  # done already: by a job whose end was not recorded any more
         return False
     origins = [(branch.origin_branch, branch.origin_epoch), *branch.pins]
-    for _, who in points_of(writer, number):
-        if isinstance(who, int):
+    for epoch, who in points_of(writer, number):
+        if isinstance(who, str):
+            writer.put(Table.SEALS, pair_key(number, epoch), b"")  # the copies that it sees now have no checksums yet
+        else:
             child = branch_record(writer, who)
             new = tuple(origin for origin in origins if origin not in child.pins)
             writer.put_record(Table.BRANCHES, number_key(who), replace(child, pins=child.pins + new))
-            for origin, epoch in new:
-                writer.put(Table.POINTS, child_point_key(origin, epoch, who), b"")
+            for origin, origin_epoch in new:
+                writer.put(Table.POINTS, child_point_key(origin, origin_epoch, who), b"")
     writer.put_record(Table.BRANCHES, number_key(number), replace(branch, origin_branch=0, origin_epoch=0, pins=()))
     return release_origins(writer, branch)
 

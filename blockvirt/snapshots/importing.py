@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, Exists, InUse, InvalidSize, NotFound, PoolFull
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, Exists, InUse, InvalidSize, NotFound
 from blockvirt.limits import STREAM_BATCH_EVENTS, STREAM_MAX_DATA_BYTES, STREAM_ZERO_BYTES
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
@@ -23,6 +23,7 @@ from blockvirt.snapshots.stream_format import StreamBase, StreamHeader
 from blockvirt.snapshots.stream_reader import StreamData, StreamDecoder, StreamEnd, StreamEvent
 from blockvirt.snapshots.transactions import check_new
 from blockvirt.tasks import TaskSet
+from blockvirt.volumes.allowance import check_background
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine
@@ -196,6 +197,7 @@ class _Import:
         slow = self._opened.slow
         try:
             if isinstance(event, StreamData):
+                check_background(self._engine.storage.status(), len(event.content), "the import")
                 await slow.write(event.offset_bytes, memoryview(event.content))
                 return
             offset, end = event.offset_bytes, event.offset_bytes + event.length_bytes
@@ -212,11 +214,7 @@ class _Import:
 
     async def _begin(self, header: StreamHeader) -> None:
         check_labels(header.snapshot.labels)
-        if self._engine.storage.status().level == "stop":
-            raise PoolFull(
-                "nothing is imported while the pool is full",
-                correction="delete snapshots or volumes, or add a device ('blockvirt device add DIR')",
-            )
+        check_background(self._engine.storage.status(), 0, "the import")
         self._header = header
         if header.base is None:
             await self._make(header)

@@ -7,8 +7,10 @@ from blockvirt.errors import NotFound
 from blockvirt.meta.keys import Table, snapshot_name_key
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
+from blockvirt.snapshots.changes import Point, chain_of
 from blockvirt.snapshots.reader import OpenSnapshot, SnapshotHandle
 from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.transactions import locate
 from blockvirt.volumes.versions import branch_record
 
 
@@ -88,10 +90,25 @@ def _bases(reader: Reader, volume_id: str, contexts: Sequence[str]) -> Mapping[s
     bases = {}
     for context in contexts:
         if context.startswith(DIRTY_SINCE):
-            bases[context] = find_snapshot(reader, volume_id, context.removeprefix(DIRTY_SINCE))
+            bases[context] = find_base(reader, volume_id, context.removeprefix(DIRTY_SINCE))
         elif context not in (BASE_ALLOCATION, ALLOCATION_DEPTH):
             raise NotFound(f"a snapshot has no metadata context {context!r}", correction="list them first")
     return bases
+
+
+def find_base(reader: Reader, volume_id: str, name: str) -> SnapshotRecord:
+    """Return what a bitmap since ``name`` compares with: a snapshot of the volume, or of another as 'VOLUME@SNAPSHOT'.
+
+    Raises NotFound, DamagedRecord.
+    """
+    volume, at, snapshot = name.partition("@")
+    return find_snapshot(reader, locate(reader, volume)[0], snapshot) if at else find_snapshot(reader, volume_id, name)
+
+
+def are_related(reader: Reader, one: SnapshotRecord, other: SnapshotRecord) -> bool:
+    """Tell whether two snapshots have history in common, so that a bitmap says more than that all differs."""
+    first, second = (chain_of(reader, Point(each.branch, each.epoch)) for each in (one, other))
+    return not {branch for branch, _ in first}.isdisjoint(branch for branch, _ in second)
 
 
 def find_snapshot(reader: Reader, volume_id: str, name: str) -> SnapshotRecord:

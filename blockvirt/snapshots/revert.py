@@ -89,6 +89,7 @@ class Reverts:
                 correction="end them ('blockvirt session list'); or use force, and then 'blockvirt volume reopen'",
                 sessions=sessions,
             )
+        self._snapshots.check_space("no volume is reverted")
         work = self._revert(volume, target, wanted, now_s, force=force)
         return await asyncio.shield(self._tasks.start(work, "revert", awaited=True))
 

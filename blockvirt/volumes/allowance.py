@@ -41,6 +41,22 @@ def allowance(pool: PoolStatus, promised_bytes: int) -> Allowance:
     )
 
 
+def check_background(pool: PoolStatus, needed_bytes: int, what: str) -> None:
+    """Return if background work may take so much more of the pool; raises PoolFull.
+
+    It stops where guests still have room: at the level 'brake'.
+    """
+    room_bytes = max(0, min(pool.free_bytes, int(pool.capacity_bytes * pool.brake_ratio) - pool.used_bytes))
+    if pool.level in ("brake", "stop") or needed_bytes > room_bytes:
+        raise PoolFull(
+            f"{what} would take the last of the pool's space from its guests",
+            cause=f"it needs {format_size(needed_bytes)}, {format_size(room_bytes)} are left below the level 'brake'",
+            correction="add a device ('blockvirt device add DIR'), or delete snapshots or volumes; then try again",
+            requested_bytes=needed_bytes,
+            would_fit_bytes=room_bytes,
+        )
+
+
 def check_grant(pool: PoolStatus, promised_bytes: int, extra_bytes: int) -> None:
     """Return if ``extra_bytes`` more may be promised; raises PoolFull or OvercommitLimit with what would fit."""
     room = allowance(pool, promised_bytes)

@@ -116,13 +116,14 @@ async def _run(parts: Sequence[Checkpointer], also: Also[T] | None, *, step: boo
     async with AsyncExitStack() as held:
         for part in parts:
             await held.enter_async_context(part.flusher.syncing)
-        if step:
+        async with AsyncExitStack() as gates:  # closed until the freeze, not until the commit
+            if step:
+                for part in parts:
+                    await gates.enter_async_context(part.volume.in_place.stopped())
             for part in parts:
-                await held.enter_async_context(part.volume.in_place.stopped())
-        for part in parts:
-            part.volume.check()
-        # From the first freeze to the last there is no await: one instant.
-        frozen = [each for part in parts if (each := _freeze(part.volume, step=step)) is not None]
+                part.volume.check()
+            # From the first freeze to the last there is no await: one instant.
+            frozen = [each for part in parts if (each := _freeze(part.volume, step=step)) is not None]
         if not frozen and also is None:
             return None
         try:

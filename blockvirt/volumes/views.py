@@ -27,7 +27,8 @@ class Volume:
     chunk_bytes: int
     state: str
     """'available', 'in-use' (a session is open), 'stopped' (a sync failed: it waits to be reopened, whether sessions
-    are open or not) or 'damaged' (a record of it is; its other figures mean nothing)."""
+    are open or not), 'importing' (a snapshot stream is, and nobody else may use it) or 'damaged' (a record of it is;
+    its other figures mean nothing)."""
     created_s: float
     revision: int
     sessions: int = 0
@@ -90,7 +91,7 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
         # The last chunk may reach beyond the end: nobody can have mapped more than the volume is large.
         mapped_bytes=min(mapped_chunks * chunk_bytes, record.size_bytes),
         chunk_bytes=chunk_bytes,
-        state="stopped" if stopped else "in-use" if sessions else "available",
+        state=_state(record, stopped, sessions),
         created_s=record.created_s,
         revision=record.revision,
         sessions=sessions,
@@ -100,6 +101,14 @@ def view(reader: Reader, record: VolumeRecord, chunk_bytes: int, open_volumes: O
         units=unit_names(reader, record.id),
         damage=stopped,
     )
+
+
+def _state(record: VolumeRecord, stopped: str, sessions: int) -> str:
+    if stopped:
+        return "stopped"
+    if record.importing:
+        return "importing"
+    return "in-use" if sessions else "available"
 
 
 def damaged_view(volume_id: str, name: str, chunk_bytes: int, damage: str) -> Volume:

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,8 @@ from blockvirt.lun.presentation import Presentation
 from blockvirt.lun.units import flag_host, flag_units
 from blockvirt.meta.keys import Table, unit_key
 from blockvirt.meta.records import VolumeRecord
+from blockvirt.meta.store import Writer
+from blockvirt.units import GIB
 from blockvirt.volumes.requests import NewVolume
 from tests.control.conftest import Control
 from tests.control.ports import Sessions, new_store
@@ -287,3 +291,18 @@ def test_qemu_takes_the_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "No such file or directory" in done.stderr
     assert "Invalid parameter" not in done.stderr
+
+
+@pytest.mark.parametrize("change", [{"importing": "new"}, {"trashed_s": 1.0}])
+async def test_what_nobody_may_use_is_not_mapped(control: Control, change: dict[str, Any]) -> None:
+    host, _ = await control.presentation.create_host("web1", {})
+    made = (await control.catalogue.create(NewVolume(GIB, name="v"))).volume
+
+    def mark(writer: Writer) -> None:
+        record = writer.record(VolumeRecord, Table.VOLUMES, made.id.encode())
+        assert record is not None
+        writer.put_record(Table.VOLUMES, made.id.encode(), replace(record, **change))
+
+    control.store.commit_now(mark)
+    with pytest.raises((InUse, NotFound)):
+        await control.presentation.map(host.id, made.id)

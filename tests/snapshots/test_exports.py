@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockvirt.daemon import Sessions
-from blockvirt.device import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_SINCE
+from blockvirt.device import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_SINCE, STATE_DIRTY
 from blockvirt.errors import InUse, NotFound
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.presentation import Presentation
@@ -162,6 +162,22 @@ async def test_bitmaps_of_older_snapshots_are_listed_and_of_younger_ones_found(s
         assert contexts("v@three", DIRTY_SINCE + nothing) == [], nothing
     assert contexts("v", "") == fixed
     assert contexts("v", since_one) == []
+
+
+async def test_a_clone_can_be_compared_with_its_origin(served: Served) -> None:
+    await served.volume()
+    await served.put("v", 0, b"a", 3)
+    await served.snapshot("v", "one")
+    origin = served.pool.snapshots.find("v@one")
+    await served.pool.catalogue.create(NewVolume(size_bytes=origin.size_bytes, name="clone"), origin=origin)
+    await served.put("clone", 1, b"b", 1)
+    await served.snapshot("clone", "changed")
+    since = DIRTY_SINCE + "v@one"
+    assert served.exports.contexts("clone@changed", since) == [since]
+    reader = await served.exports.open("clone@changed", "reader", [since])
+    assert await reader.block_status(since, 0, 3 * CHUNK) == [(CHUNK, 0), (CHUNK, STATE_DIRTY), (CHUNK, 0)]
+    assert served.pool.readers.sessions_of(origin.id) == 1, "what it is compared with stays"
+    await reader.close()
 
 
 async def test_the_list_of_bitmaps_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

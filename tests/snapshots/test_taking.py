@@ -196,6 +196,8 @@ async def test_what_cannot_be_snapshotted(pool: SnapshotPool, monkeypatch: pytes
         patched.setattr(type(pool.engine.store), "reserve_ok", property(lambda _: False))
         with pytest.raises(PoolFull, match="no snapshot is taken"):
             await pool.snapshots.create({"v": "full"})
+        with pytest.raises(PoolFull, match="no volume is reverted"):
+            await pool.reverts.revert("v@s")
     await pool.catalogue.delete("v")
     with pytest.raises((NotFound, BeingDeleted, DamagedRecord)):
         await pool.snapshots.create({volume_id: "gone"})
