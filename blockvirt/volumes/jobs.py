@@ -115,8 +115,8 @@ class JobBoard:
         while (run := entry.run) is not None:
             if action is not Action.RESUME:
                 run.ask(action)
-            elif not run.stopping:
-                return self._view(entry)
+            elif not run.stopping and entry.record.state not in FINISHED:
+                return self._view(entry)  # it goes on already; one that has just failed has its run for a moment still
             await run.ended.wait()
             if run.fault is not None:
                 raise run.fault

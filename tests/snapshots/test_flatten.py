@@ -20,6 +20,7 @@ from blockvirt.meta.store import Reader, Writer
 from blockvirt.meta.verify import verify_records
 from blockvirt.snapshots import flatten
 from blockvirt.snapshots.reader import SnapshotHandle
+from blockvirt.volumes.checksums import find_checksum
 from blockvirt.volumes.job_states import Action
 from blockvirt.volumes.opened import OpenVolume
 from blockvirt.volumes.requests import NewVolume
@@ -334,3 +335,33 @@ async def test_older_versions_are_looked_through_off_the_event_loop(
     await family.flatten("clone")
     assert threads
     assert loop_thread not in threads
+
+
+async def test_copies_that_snapshots_see_get_checksums_too(family: Family) -> None:
+    await family.clone(family.golden, "clone")
+    await family.snapshot("clone", "a")
+    await family.flatten("clone")
+
+    def sealed() -> bool:
+        with family.pool.engine.store.read() as reader:
+            return not reader.count(Table.SEALS)
+
+    await until(sealed)
+    handle = family.pool.readers.open(family.pool.snapshots.find("clone@a"), "reader")
+    with family.pool.engine.store.read() as reader:
+        assert None not in {find_checksum(reader, handle.opened.map.readable(chunk)) for chunk in range(SIZE // CHUNK)}
+    await handle.close()
+
+
+async def test_a_flatten_leaves_guests_the_room_below_the_brake(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await family.clone(family.golden, "clone")
+    jobs, status = family.pool.engine.jobs, family.pool.engine.storage.status
+    monkeypatch.setattr(family.pool.engine.storage, "status", lambda: replace(status(), free_bytes=SIZE - 1))
+    job_id = await family.pool.flattening.start("clone")
+    job = await jobs.finished(job_id)
+    assert (job.state, "last of the pool" in job.error, job.done_units) == ("failed", True, 0)
+    monkeypatch.setattr(family.pool.engine.storage, "status", lambda: replace(status(), free_bytes=SIZE))
+    await jobs.resume(job_id)
+    await until(lambda: jobs.get(job_id).state == "done")
