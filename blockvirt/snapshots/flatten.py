@@ -119,9 +119,7 @@ class Flattening:
         while left:
             job.checkpoint()
             check_background(self._engine.storage.status(), inherited_bytes, f"the flatten of {job.record.subject}")
-            inherited_bytes = (
-                0  # what is to come was looked at; whether guests leave it the room is looked at each time
-            )
+            inherited_bytes = 0  # the whole was looked at; from here on only whether guests leave it the room
             # Not for long at a time: whoever wants to revert or delete the volume waits for the pin.
             part = left[:FLATTEN_PIN_LEAVES]
             left = left[await self._whole(self._some_leaves(job, part)) :]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blockvirt.errors import DamagedRecord, InvalidRequest
 from blockvirt.meta.keys import Table, number_key, pair_key, split_point, split_volume_branch
@@ -100,29 +100,21 @@ def view(
     reader: Reader, record: SnapshotRecord, parents: Mapping[str, str], chunk_bytes: int, sessions: int
 ) -> Snapshot:
     """Return the view of a snapshot; raises DamagedRecord."""
-    volume = reader.record(VolumeRecord, Table.VOLUMES, record.volume_id.encode())
-    return Snapshot(
-        id=record.id,
-        volume_id=record.volume_id,
-        volume=volume.name if volume is not None else record.volume_id,
-        name=record.name,
-        created_s=record.created_s,
-        size_bytes=record.size_bytes,
-        mapped_bytes=min(record.mapped_chunks * chunk_bytes, record.size_bytes),
+    return replace(
+        _plain_view(reader, record, chunk_bytes, parents.get(record.id, "")),
         exclusive_bytes=freed_by(reader, [record]) * chunk_bytes,
-        revision=record.revision,
-        parent_id=parents.get(record.id, ""),
-        labels=record.labels,
-        holds=record.holds,
         clones=clones_of(reader, record),
         sessions=sessions,
-        group_id=record.group_id,
-        schedule_id=record.schedule_id,
     )
 
 
 def new_view(reader: Reader, record: SnapshotRecord, chunk_bytes: int) -> Snapshot:
     """Return the view of a snapshot as it is when it is taken: nothing but the head has gone on from it."""
+    return _plain_view(reader, record, chunk_bytes, parent_of(reader, record.branch, record.epoch))
+
+
+def _plain_view(reader: Reader, record: SnapshotRecord, chunk_bytes: int, parent_id: str) -> Snapshot:
+    """Return what its own record tells of a snapshot, as if nobody used it and nothing were its alone."""
     volume = reader.record(VolumeRecord, Table.VOLUMES, record.volume_id.encode())
     return Snapshot(
         id=record.id,
@@ -134,8 +126,9 @@ def new_view(reader: Reader, record: SnapshotRecord, chunk_bytes: int) -> Snapsh
         mapped_bytes=min(record.mapped_chunks * chunk_bytes, record.size_bytes),
         exclusive_bytes=0,
         revision=record.revision,
-        parent_id=parent_of(reader, record.branch, record.epoch),
+        parent_id=parent_id,
         labels=record.labels,
+        holds=record.holds,
         group_id=record.group_id,
         schedule_id=record.schedule_id,
     )

@@ -293,8 +293,11 @@ def test_qemu_takes_the_line(tmp_path: Path) -> None:
     assert "Invalid parameter" not in done.stderr
 
 
-@pytest.mark.parametrize("change", [{"importing": "new"}, {"trashed_s": 1.0}])
-async def test_what_nobody_may_use_is_not_mapped(control: Control, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [({"importing": "new"}, "a snapshot stream is being imported"), ({"trashed_s": 1.0}, "there is no volume")],
+)
+async def test_what_nobody_may_use_is_not_mapped(control: Control, change: dict[str, Any], refusal: str) -> None:
     host, _ = await control.presentation.create_host("web1", {})
     made = (await control.catalogue.create(NewVolume(GIB, name="v"))).volume
 
@@ -304,5 +307,5 @@ async def test_what_nobody_may_use_is_not_mapped(control: Control, change: dict[
         writer.put_record(Table.VOLUMES, made.id.encode(), replace(record, **change))
 
     control.store.commit_now(mark)
-    with pytest.raises((InUse, NotFound)):
+    with pytest.raises(BlockvirtError, match=refusal):
         await control.presentation.map(host.id, made.id)
