@@ -19,6 +19,11 @@ def is_id(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
 
+def canonical_id(text: str) -> str:
+    """Return an id, which ``is_id`` has recognised, as it is stored: with hyphens."""
+    return str(uuid.UUID(text))
+
+
 def check_name(name: str, *, what: str) -> str:
     """Return ``name`` if a volume, host or device may be called so; raises InvalidName otherwise.
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, InUse, InvalidRequest, NotFound, PoolFull
-from blockvirt.ids import check_name, is_id, new_id
+from blockvirt.ids import canonical_id, check_name, is_id, new_id
 from blockvirt.limits import MAX_GROUP_VOLUMES
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
@@ -283,8 +283,7 @@ def find(reader: Reader, name_or_id: str) -> SnapshotRecord:
     if at:
         return find_snapshot(reader, locate(reader, volume)[0], name)
     if is_id(name_or_id):
-        plain = name_or_id.replace("-", "")
-        snapshot_id = "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+        snapshot_id = canonical_id(name_or_id)
         record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode())
         if record is not None:
             return record

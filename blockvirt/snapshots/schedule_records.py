@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 from blockvirt.errors import DamagedRecord, LimitReached, NotFound, PreconditionFailed
-from blockvirt.ids import is_id
+from blockvirt.ids import canonical_id, is_id
 from blockvirt.limits import MAX_SCHEDULES
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import ScheduleRecord
@@ -39,8 +39,7 @@ def changed(
 def identify(reader: Reader, name_or_id: str) -> str:
     """Return the id of a schedule by name or id; raises NotFound."""
     if is_id(name_or_id):
-        plain = name_or_id.replace("-", "")
-        schedule_id = "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+        schedule_id = canonical_id(name_or_id)
         if reader.get(Table.SCHEDULES, schedule_id.encode()) is not None:
             return schedule_id
     elif name_or_id and name_or_id.isascii():

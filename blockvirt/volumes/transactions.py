@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from blockvirt.errors import DamagedRecord, Exists, InUse, LimitReached, MetadataFault, NotFound, PreconditionFailed
-from blockvirt.ids import is_id
+from blockvirt.ids import canonical_id, is_id
 from blockvirt.limits import MAX_VOLUMES
 from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, number_key, unit_key, volume_branch_key
 from blockvirt.meta.records import BranchRecord, PoolRecord, SnapshotRecord, VolumeRecord
@@ -32,8 +32,7 @@ def pool_record(reader: Reader) -> PoolRecord:
 def locate(reader: Reader, name_or_id: str) -> tuple[str, str]:
     """Return (id, name) of the volume that a user means; raises NotFound. The name of a damaged one is its id."""
     if is_id(name_or_id):
-        plain = name_or_id.replace("-", "")
-        volume_id = "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+        volume_id = canonical_id(name_or_id)
         try:
             record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
         except DamagedRecord:
