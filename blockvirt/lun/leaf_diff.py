@@ -1,11 +1,11 @@
 """Stored forms of a leaf compared without decoding them: a few microseconds, where decoding both takes fifty. Pure.
 
-The packed form is seven planes of 512 bytes, one byte of each entry in each. As one large integer each, two of them are
-compared by a single exclusive or; folding its planes together leaves one byte for each slot, 0 where nothing differs.
+The packed form is seven planes of 512 bytes, one byte of each entry in each. Planes that are not alike are taken as one
+large integer each; the exclusive ors of all of them, folded together, leave one byte for each slot, 0 where nothing
+differs.
 """
 
 import re
-from collections.abc import Iterator
 
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, ENTRY_BYTES
@@ -14,13 +14,17 @@ from blockvirt.lun.leaf import decode, packed_planes
 NOTHING = bytes(ENTRY_BYTES * LEAF_CHUNKS)
 """The planes of a leaf that maps nothing."""
 
-_PLANE_BITS = 8 * LEAF_CHUNKS
-_ONE_PLANE = (1 << _PLANE_BITS) - 1
-_EVERY_SLOT = _ONE_PLANE // 255  # a byte 1 for each slot
-_ADDRESSES = sum((ADDRESS_MASK >> 8 * plane & 255) * _EVERY_SLOT << plane * _PLANE_BITS for plane in range(ENTRY_BYTES))
+_EVERY_SLOT = int.from_bytes(b"\x01" * LEAF_CHUNKS, "little")
+_PLANES = tuple(
+    (slice(plane * LEAF_CHUNKS, (plane + 1) * LEAF_CHUNKS), (ADDRESS_MASK >> 8 * plane & 255) * _EVERY_SLOT)
+    for plane in range(ENTRY_BYTES)
+)
+"""Where each plane lies, and which of its bits belong to addresses."""
 _SET = bytes([0]) + bytes([1]) * 255
 _CLEAR = bytes([1]) + bytes([0]) * 255
-_RUNS = re.compile(rb"\x01+|\x02+")
+# Written so that each begins with a literal: the engine looks for that many times faster than for "x+".
+_ALIKE = re.compile(rb"\x01\x01*")
+_RUNS = re.compile(rb"\x01\x01*|\x02\x02*")
 
 
 def planes(payload: bytes) -> bytes:
@@ -32,21 +36,22 @@ def planes(payload: bytes) -> bytes:
     return b"".join(raw[plane::8] for plane in range(ENTRY_BYTES))
 
 
-def differing(old: bytes, new: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield (first slot, count, reads as zeros now) of the runs of slots whose address differs between two planes."""
-    after = int.from_bytes(new, "little") & _ADDRESSES
-    changed = _slots((int.from_bytes(old, "little") & _ADDRESSES) ^ after, _SET)
-    if not changed:
-        return
-    marks = changed + (changed & _slots(after, _CLEAR))  # 1: differs and is mapped, 2: differs and is not
-    for run in _RUNS.finditer(marks.to_bytes(LEAF_CHUNKS, "little")):
-        yield run.start(), run.end() - run.start(), run[0][0] == 2
-
-
-def _slots(planes: int, table: bytes) -> int:
-    """Return a byte for each slot: what ``table`` makes of 0 where all of its planes are 0, of others elsewhere."""
+def differing(old: bytes, new: bytes) -> list[tuple[int, int, bool]]:
+    """Return (first slot, count, reads as zeros now) of the runs of slots whose address differs between two planes."""
+    number = int.from_bytes
     folded = 0
-    for _ in range(ENTRY_BYTES):
-        folded |= planes & _ONE_PLANE
-        planes >>= _PLANE_BITS
-    return int.from_bytes(folded.to_bytes(LEAF_CHUNKS, "little").translate(table), "little")
+    for place, address_bits in _PLANES:
+        before, after = old[place], new[place]
+        if before != after:  # of addresses that lie near one another most planes are alike
+            folded |= (number(before, "little") ^ number(after, "little")) & address_bits
+    if not folded:
+        return []
+    marks = folded.to_bytes(LEAF_CHUNKS, "little").translate(_SET)
+    changed = zero = number(marks, "little")
+    for place, address_bits in _PLANES:
+        bits = number(new[place], "little") & address_bits
+        zero &= number(bits.to_bytes(LEAF_CHUNKS, "little").translate(_CLEAR), "little")
+        if not zero:  # mostly after a plane or two
+            return [(run.start(), run.end() - run.start(), False) for run in _ALIKE.finditer(marks)]
+    marks = (changed + zero).to_bytes(LEAF_CHUNKS, "little")  # 1: differs and is mapped, 2: differs and is not
+    return [(run.start(), run.end() - run.start(), run[0][0] == 2) for run in _RUNS.finditer(marks)]

@@ -13,7 +13,7 @@ from blockvirt.lun.leaf import encode
 from blockvirt.lun.leaf_diff import NOTHING, differing, planes
 
 ENTRIES = st.one_of(
-    st.just(0),
+    st.sampled_from([0, FRESH]),
     st.builds(
         lambda file, chunk, fresh: address(file, chunk) | (FRESH if fresh else 0),
         st.sampled_from([1, 2, FILE_MASK]),
