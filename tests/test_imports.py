@@ -36,7 +36,6 @@ PURE = {
     "blockvirt.lun.leaf_diff",
     "blockvirt.lun.versions",
     "blockvirt.snapshots.diff",
-    "blockvirt.snapshots.lineage",
     "blockvirt.lun.address",
     "blockvirt.lun.plan",
     "blockvirt.meta.records",

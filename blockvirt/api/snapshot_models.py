@@ -109,6 +109,7 @@ class SnapshotList(Answer):
 
     snapshots: list[Snapshot]
     next_page_token: str | None = Field(None, description="Missing on the last page.")
+    damaged: list[str] = Field(description="VOLUME@NAME of those of this page that cannot be shown.")
     head_parent_id: str | None = Field(
         None, description="Where one volume is listed: the snapshot that it went on from; missing: none."
     )

@@ -17,7 +17,6 @@ from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.snapshots.catalogue import Deletion
 from blockvirt.snapshots.cloning import NewClone
-from blockvirt.snapshots.views import page_key
 from blockvirt.volumes.views import READ_BATCH
 
 operations = Operations("snapshots")
@@ -84,28 +83,25 @@ async def list_snapshots(call: Call, query: models.SnapshotListQuery) -> Reply:
     volume_id = None if query.volume is None else services.catalogue.get(query.volume).id
     listing = f"snapshots&{volume_id or ''}" + "".join(f"&{quote(k)}={quote(v)}" for k, v in sorted(labels.items()))
     found: list[models.Snapshot] = []
+    damaged: list[str] = []
     after = page_after(query.page_token, listing)
     endpoints = services.endpoints()
     while True:
-        page = await services.snapshots.list(volume_id, after=after, limit=query.limit)
+        page = await services.snapshots.list(volume_id, labels=labels, after=after, limit=query.limit - len(found))
+        after = page.next_after
+        damaged += page.damaged
         for number, view in enumerate(page.snapshots):
-            after = page_key(view)
-            if labels.items() <= view.labels.items():
-                found.append(answers.snapshot(view, endpoints))
-                if len(found) == query.limit:
-                    break
+            found.append(answers.snapshot(view, endpoints))
             if number % READ_BATCH == READ_BATCH - 1:
                 await sleep(0)  # others run between batches
-        else:
-            if page.next_after:
-                continue
-        break
-    is_last = not page.next_after and (not page.snapshots or after == page_key(page.snapshots[-1]))
+        if not after or len(found) == query.limit:
+            break
     return Reply(
         models.SnapshotList(
             snapshots=found,
-            next_page_token=None if is_last else page_token(listing, after),
+            next_page_token=page_token(listing, after) if after else None,
             head_parent_id=services.snapshots.head_parent(volume_id) or None if volume_id is not None else None,
+            damaged=damaged,
         )
     )
 

@@ -161,8 +161,9 @@ async def change_volume(call: Call, volume: str, body: models.VolumePatch) -> Re
 async def delete_volume(call: Call, volume: str, query: models.VolumeDeleteQuery) -> Reply:
     """Put a volume with its snapshots into the trash, delete it for good, or say what would go.
 
-    Refused while a host has it mapped or a session uses it, unless forced, and while one of its snapshots is held. Its
-    name is free at once. Its bytes stay promised until the trash lets go of it, and come back in the background then.
+    Refused while a host has it mapped, a session uses it or the record of a snapshot is damaged (it might be held),
+    unless forced, and while one of its snapshots is held. Its name is free at once. Its bytes stay promised until the
+    trash lets go of it, and come back in the background then.
     """
     services = call.services
     found = services.catalogue.get(volume)

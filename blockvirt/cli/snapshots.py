@@ -109,7 +109,7 @@ def list_(context: Context, volume: str | None, labels: tuple[str, ...], output:
     query: dict[str, Any] = {"label": list(labels)} if labels else {}
     if volume is not None:
         query["volume"] = volume
-    pages = context.client.whole_pages("/v1/snapshots", query)
+    pages = _warned(context.client.whole_pages("/v1/snapshots", query))
     if output != "table":
         show_rows((each for page in pages for each in page["snapshots"]), FLAT, output)
         return
@@ -120,6 +120,17 @@ def list_(context: Context, volume: str | None, labels: tuple[str, ...], output:
         if volume is not None and page["snapshots"]:
             heads[page["snapshots"][0]["volume_id"]] = page.get("head_parent_id") or ""
     show_rows(_trees(context.client, found, heads), TREE, output, folds=False)
+
+
+def _warned(pages: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Pass pages on, and say on stderr behind the last one what is missing from them."""
+    damaged: list[str] = []
+    for page in pages:
+        damaged += page.get("damaged", ())
+        yield page
+    if damaged:
+        names = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        click.echo(f"left out, because their records are damaged ('blockvirt check' says more): {names}", err=True)
 
 
 def _trees(client: Client, found: list[dict[str, Any]], heads: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -138,7 +138,11 @@ def reopen(context: Context, volume: str, output: str) -> None:
 
 @volume_group.command("delete")
 @click.argument("volumes", nargs=-1, required=True, metavar="VOLUME...")
-@click.option("--force", is_flag=True, help="Also while mapped or in use: mappings go, sessions are dropped.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also while mapped or in use: mappings go, sessions are dropped. Also if a snapshot is damaged.",
+)
 @click.option("--purge", is_flag=True, help="For good, at once: not into the trash.")
 @click.option("--wait", is_flag=True, help="With --purge: wait until the space is free, with a bar on a terminal.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go, and what that frees.")

@@ -1,6 +1,7 @@
 """The offline proof of snapshots and points: what a branch must keep readable, for whom, and what is to be freed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import MAX_HOLDS, MAX_VOLUME_BYTES
@@ -26,8 +27,9 @@ def check_snapshots(rows: Rows) -> Iterator[Finding]:
     A million snapshots are too many to remember: each index is proved by looking its records up again.
     """
     for key, record, findings in rows.records(SnapshotRecord, Table.SNAPSHOTS):
-        yield from findings
         if record is None:
+            name = _name_of(rows, key)
+            yield from (replace(finding, what=f"snapshot {name}") if name else finding for finding in findings)
             continue
         what = f"snapshot {rows.volume_name(record.volume_id)}@{record.name}"
         if record.id.encode() != key:
@@ -81,6 +83,15 @@ def _check_names(rows: Rows) -> Iterator[Finding]:
         if record is not None and snapshot_name_key(record.volume_id, record.name) != key:
             called = f"{rows.volume_name(record.volume_id)}@{record.name}"
             yield corrupt("name-index", what, f"it leads to {shown(stored)}, which is called {called}")
+
+
+def _name_of(rows: Rows, snapshot_key: bytes) -> str:
+    """Return what people call a snapshot whose record does not tell it; empty: the index does not either."""
+    for key, stored in rows.reader.scan(Table.SNAPSHOT_NAMES):
+        if stored == snapshot_key:
+            volume_id, _, name = key.decode(errors="replace").partition("/")
+            return f"{rows.volume_name(volume_id)}@{name}"
+    return ""
 
 
 def _intact(rows: Rows, key: bytes) -> SnapshotRecord | None:

@@ -21,19 +21,10 @@ from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots import transactions
 from blockvirt.snapshots.freed import freed_by
+from blockvirt.snapshots.listing import Page, page
 from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
 from blockvirt.snapshots.transactions import Wanted
-from blockvirt.snapshots.views import (
-    Page,
-    Snapshot,
-    behind,
-    new_view,
-    page_key,
-    parent_of,
-    view,
-    volume_snapshots,
-    volume_tree,
-)
+from blockvirt.snapshots.views import Snapshot, new_view, parent_of, view
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine
@@ -156,49 +147,36 @@ class Snapshots:
     def _get(self, name_or_id: str) -> Snapshot:
         with self._store.read() as reader:
             record = find(reader, name_or_id)
-            parents = {record.id: parent_of(reader, record.branch, record.epoch)}
-            return view(reader, record, parents, self._chunk_bytes, self._readers.sessions_of(record.id))
+            parent_id = parent_of(reader, record.branch, record.epoch)
+            return view(reader, record, parent_id, self._chunk_bytes, self._readers.sessions_of(record.id))
 
     def as_new(self, reader: Reader, records: Sequence[SnapshotRecord]) -> tuple[Snapshot, ...]:
         """Return the views of snapshots that ``create`` returned, or has just handed to its ``also``."""
         return tuple(new_view(reader, record, self._chunk_bytes) for record in records)
 
-    async def list(self, volume: str | None = None, *, after: str = "", limit: int = 100) -> Page:
-        """Return up to ``limit`` snapshots behind the key ``after``, of one volume (name or id) or of all.
+    async def list(
+        self,
+        volume: str | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        after: str = "",
+        limit: int = 100,
+    ) -> Page:
+        """Return up to ``limit`` snapshots behind the place ``after``, of one volume (name or id) or of all.
 
-        Within a volume oldest first. Raises NotFound.
+        Volumes in the order of their ids, within a volume oldest first; only those that carry all of ``labels``. A page
+        may have fewer and still be followed by another. Raises NotFound, InvalidRequest (``after`` is no place).
         """
-        return await self._engine.context.threads.run(partial(self._list, volume, after, limit))
+        return await self._engine.context.threads.run(partial(self._list, volume, labels or {}, after, limit))
 
-    def _list(self, volume: str | None, after: str, limit: int) -> Page:
-        """Volumes in the order of their ids, snapshots in that of creation; ``after`` is a ``page_key``."""
-        after_volume = after.partition("/")[0]
-        found: list[Snapshot] = []
+    def _list(self, volume: str | None, labels: Mapping[str, str], after: str, limit: int) -> Page:
         with self._store.read() as reader:
-            if volume is not None:
-                ids = [locate(reader, volume)[0]]
-            else:
-                ids = [key.decode() for key, _ in reader.scan(Table.VOLUMES, start=after_volume.encode())]
-            for volume_id in ids:
-                try:
-                    record = reader.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
-                except DamagedRecord as error:
-                    if volume is not None:
-                        raise
-                    log.error("the snapshots of volume %s are not listed: %s", volume_id, error.message)
-                    continue
-                if record is None or record.trashed_s or record.deleting:
-                    continue
-                records = volume_snapshots(reader, volume_id, skip_damaged=True)
-                parents = volume_tree(reader, record, records).parents if records else {}
-                if volume_id == after_volume:
-                    records = behind(records, after)
-                for each in records:
-                    if len(found) == limit:
-                        return Page(tuple(found), page_key(found[-1]))
-                    sessions = self._readers.sessions_of(each.id)
-                    found.append(view(reader, each, parents, self._chunk_bytes, sessions))
-        return Page(tuple(found), "")
+
+            def shown(record: SnapshotRecord, parent_id: str) -> Snapshot:
+                return view(reader, record, parent_id, self._chunk_bytes, self._readers.sessions_of(record.id))
+
+            volume_id = locate(reader, volume)[0] if volume is not None else None
+            return page(reader, volume_id, labels, after, limit, shown)
 
     def head_parent(self, volume: str) -> str:
         """Return the id of the snapshot that a volume's head went on from; empty: none. Raises NotFound."""
@@ -257,7 +235,7 @@ class Snapshots:
     def _would_free(self, records: Sequence[SnapshotRecord]) -> tuple[tuple[Snapshot, ...], int]:
         with self._store.read() as reader:
             views = tuple(
-                view(reader, each, {}, self._chunk_bytes, self._readers.sessions_of(each.id)) for each in records
+                view(reader, each, "", self._chunk_bytes, self._readers.sessions_of(each.id)) for each in records
             )
             return views, freed_by(reader, records) * self._chunk_bytes
 

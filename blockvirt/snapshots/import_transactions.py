@@ -105,7 +105,7 @@ def take_back(writer: Writer, volume_id: str, now_s: float) -> tuple[VolumeRecor
     plain = replace(volume, importing="")
     writer.put_record(Table.VOLUMES, volume.id.encode(), plain)
     if volume.importing == NEW:
-        return retire(writer, volume.id, expected_revision=None, remove_units=True, now_s=now_s, purge_at_s=0.0)
+        return retire(writer, volume.id, expected_revision=None, force=True, now_s=now_s, purge_at_s=0.0)
     base = writer.record(SnapshotRecord, Table.SNAPSHOTS, volume.importing.encode())
     if base is None:
         raise NotFound(f"snapshot {volume.importing}, which volume {volume.name!r} is to go back to, is gone")

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from blockvirt.errors import DamagedRecord, InvalidRequest
-from blockvirt.meta.keys import Table, number_key, pair_key, split_point, split_volume_branch
+from blockvirt.errors import DamagedRecord
+from blockvirt.meta.keys import Table, number_key, pair_key, split_point
 from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots.freed import freed_by
-from blockvirt.snapshots.lineage import Tree, tree
 
 log = logging.getLogger("blockvirt.snapshots")
 
@@ -40,44 +39,13 @@ class Snapshot:
     schedule_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some snapshots in order of creation within their volume, and the key to go on after (empty: that was all)."""
-
-    snapshots: tuple[Snapshot, ...]
-    next_after: str
-
-
-def page_key(snapshot: Snapshot) -> str:
-    """Return the key to go on after, which leads behind the snapshot even when that is gone."""
-    return f"{snapshot.volume_id}/{snapshot.id}/{snapshot.created_s!r}"
-
-
-def behind(records: list[SnapshotRecord], key: str) -> list[SnapshotRecord]:
-    """Return those of a volume's snapshots, oldest first, that come after the ``page_key`` of one of them.
-
-    Raises InvalidRequest where it is none.
-    """
-    try:
-        _, snapshot_id, created = key.split("/")
-        created_s = float(created)
-    except ValueError:
-        raise InvalidRequest("the place to go on after is none", correction="begin with the first page") from None
-    for place, record in enumerate(records):
-        if record.id == snapshot_id:
-            return records[place + 1 :]
-    return [record for record in records if record.created_s > created_s]
-
-
-def volume_snapshots(reader: Reader, volume_id: str, *, skip_damaged: bool = False) -> list[SnapshotRecord]:
-    """Return all snapshots of a volume, oldest first; raises DamagedRecord unless those are only logged."""
+def volume_snapshots(reader: Reader, volume_id: str) -> list[SnapshotRecord]:
+    """Return all snapshots of a volume, oldest first; damaged ones are left out and logged."""
     found = []
     for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode()):
         try:
             record = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
         except DamagedRecord as error:
-            if not skip_damaged:
-                raise
             log.error("a snapshot of volume %s is left out: %s", volume_id, error.message)
             continue
         if record is not None:
@@ -85,23 +53,10 @@ def volume_snapshots(reader: Reader, volume_id: str, *, skip_damaged: bool = Fal
     return sorted(found, key=lambda each: (each.created_s, each.branch, each.epoch, each.id))
 
 
-def volume_tree(reader: Reader, volume: VolumeRecord, snapshots: list[SnapshotRecord]) -> Tree:
-    """Return how the snapshots of a volume came from each other, and where its head stands."""
-    branches = {}
-    for key, _ in reader.scan(Table.VOLUME_BRANCHES, prefix=f"{volume.id}/".encode()):
-        number = split_volume_branch(key)[1]
-        branch = reader.record(BranchRecord, Table.BRANCHES, number_key(number))
-        if branch is not None:
-            branches[number] = branch
-    return tree(snapshots, branches, volume.branch)
-
-
-def view(
-    reader: Reader, record: SnapshotRecord, parents: Mapping[str, str], chunk_bytes: int, sessions: int
-) -> Snapshot:
+def view(reader: Reader, record: SnapshotRecord, parent_id: str, chunk_bytes: int, sessions: int) -> Snapshot:
     """Return the view of a snapshot; raises DamagedRecord."""
     return replace(
-        _plain_view(reader, record, chunk_bytes, parents.get(record.id, "")),
+        _plain_view(reader, record, chunk_bytes, parent_id),
         exclusive_bytes=freed_by(reader, [record]) * chunk_bytes,
         clones=clones_of(reader, record),
         sessions=sessions,
@@ -137,7 +92,7 @@ def _plain_view(reader: Reader, record: SnapshotRecord, chunk_bytes: int, parent
 def parent_of(reader: Reader, branch: int, epoch: int) -> str:
     """Return the id of the snapshot, of the branch's volume, that a point at ``epoch`` went on from; empty: none.
 
-    What ``lineage.tree`` says for one point, without a look at all snapshots.
+    The nearest one that is there and can be shown: whether it was the very next one once, nobody knows any more.
     """
     volume_id = None
     while (record := reader.record(BranchRecord, Table.BRANCHES, number_key(branch))) is not None:
@@ -147,13 +102,20 @@ def parent_of(reader: Reader, branch: int, epoch: int) -> str:
         key = pair_key(branch, epoch)
         while (found := reader.floor(Table.POINTS, key, prefix=number_key(branch))) is not None:
             who = split_point(found[0])[2]
-            if isinstance(who, str):
+            if isinstance(who, str) and _is_intact(reader, who):
                 return who
-            key = found[0][:16]  # a child: at its epoch only children sort before it
+            key = found[0][:16]  # before all of that epoch: a child, behind children only, or a damaged snapshot
         if not record.origin_branch:
             break
         branch, epoch = record.origin_branch, record.origin_epoch + 1
     return ""
+
+
+def _is_intact(reader: Reader, snapshot_id: str) -> bool:
+    try:
+        return reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode()) is not None
+    except DamagedRecord:
+        return False
 
 
 def clones_of(reader: Reader, record: SnapshotRecord) -> tuple[str, ...]:

@@ -20,7 +20,16 @@ from blockvirt.volumes.allowance import Allowance
 from blockvirt.volumes.ports import OpenVolumes, PoolSpace
 from blockvirt.volumes.promises import Promises
 from blockvirt.volumes.requests import NewVolume, VolumeChange, check_labels, check_placement, round_size
-from blockvirt.volumes.transactions import Overtaken, check_revision, insert, locate, pool_record, retire, update
+from blockvirt.volumes.transactions import (
+    Overtaken,
+    check_revision,
+    damaged_snapshots,
+    insert,
+    locate,
+    pool_record,
+    retire,
+    update,
+)
 from blockvirt.volumes.trash import Trash
 from blockvirt.volumes.views import READ_BATCH, DeviceShare, Volume, carries_labels, read_shares, read_volume
 
@@ -273,15 +282,17 @@ class Catalogue:
         """Put a volume into the trash, or with ``purge`` delete it for good; with ``dry_run`` say what would go.
 
         Refused with InUse while a host has it mapped or a session is open, unless forced: then the mappings go in the
-        same transaction and the sessions are dropped; and while a snapshot of it is held, forced or not. Raises
-        NotFound, PreconditionFailed, DamagedRecord.
+        same transaction and the sessions are dropped; where the record of a snapshot is damaged, unless forced: it
+        might be held; and while a snapshot is held, forced or not. Raises NotFound, PreconditionFailed, DamagedRecord.
         """
         record = self._record(name_or_id)
         check_revision(record, expected_revision)
         found, shares = self.get(record.id), self.shares(record.id)
         obstacles = _obstacles(found)
         if dry_run:
-            return Deletion(found, deleted=False, obstacles=obstacles, shares=shares)
+            # In the writer's thread, as retire does: there may be thousands of snapshots.
+            damaged = await self._store.commit(lambda writer: damaged_snapshots(writer, record))
+            return Deletion(found, deleted=False, obstacles=(*obstacles, *damaged), shares=shares)
         if obstacles and not force:
             raise _refusal(found, obstacles)
         now_s = self._clock()
@@ -291,7 +302,7 @@ class Catalogue:
                 writer,
                 found.id,
                 expected_revision=expected_revision,
-                remove_units=force,
+                force=force,
                 now_s=now_s,
                 purge_at_s=purge_at_s,
             )

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
-from blockvirt.errors import BlockvirtError
+from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.ids import new_id
 from blockvirt.limits import PURGE_BATCH_SNAPSHOTS
 from blockvirt.meta.keys import (
@@ -21,6 +21,7 @@ from blockvirt.meta.keys import (
     snapshot_name_key,
     snapshot_point_key,
     split_pair,
+    split_point,
     split_volume_branch,
 )
 from blockvirt.meta.records import BranchRecord, JobRecord, SnapshotRecord, VolumeRecord
@@ -82,13 +83,32 @@ class Purger:
 def _remove_snapshots(volume_id: str, writer: Writer) -> int:
     """Remove some of a volume's snapshots; returns how many."""
     names = writer.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
-    ids = [stored for (_, stored), _ in zip(names, range(PURGE_BATCH_SNAPSHOTS), strict=False)]
-    for key in ids:
-        snapshot = writer.record(SnapshotRecord, Table.SNAPSHOTS, key)
-        assert snapshot is not None
-        remove_snapshot(writer, snapshot)
-        writer.put(Table.RECLAIM, pair_key(snapshot.branch, snapshot.epoch), b"")
-    return len(ids)
+    rows = [row for row, _ in zip(names, range(PURGE_BATCH_SNAPSHOTS), strict=False)]
+    for name_key, snapshot_id in rows:
+        try:
+            snapshot = writer.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        except DamagedRecord as error:
+            log.warning("snapshot %s is deleted by what else is known of it: %s", name_key.decode(), error.message)
+            snapshot = None
+        if snapshot is None:
+            _remove_damaged(writer, volume_id, name_key, snapshot_id)
+        else:
+            remove_snapshot(writer, snapshot)
+            writer.put(Table.RECLAIM, pair_key(snapshot.branch, snapshot.epoch), b"")
+    return len(rows)
+
+
+def _remove_damaged(writer: Writer, volume_id: str, name_key: bytes, snapshot_id: bytes) -> None:
+    """Remove a snapshot whose record does not say which point it is: its own row among the points does."""
+    writer.delete(Table.SNAPSHOTS, snapshot_id)
+    writer.delete(Table.SNAPSHOT_NAMES, name_key)
+    for number in branches_of(writer, volume_id):
+        for key, _ in writer.scan(Table.POINTS, prefix=number_key(number)):
+            branch, epoch, who = split_point(key)
+            if isinstance(who, str) and who.encode() == snapshot_id:
+                writer.delete(Table.POINTS, key)
+                writer.delete(Table.SEALS, pair_key(branch, epoch))
+                writer.put(Table.RECLAIM, pair_key(branch, epoch), b"")
 
 
 def remove_snapshot(writer: Writer, snapshot: SnapshotRecord) -> None:

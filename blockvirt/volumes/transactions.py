@@ -137,24 +137,24 @@ def retire(
     volume_id: str,
     *,
     expected_revision: int | None,
-    remove_units: bool,
+    force: bool,
     now_s: float,
     purge_at_s: float,
 ) -> tuple[VolumeRecord, str]:
     """Put a volume into the trash until ``purge_at_s``, or delete it for good where that is 0.
 
     Frees its name and takes its units away; returns it as it was, and the id of the purge job (empty: it is in the
-    trash). Raises NotFound, PreconditionFailed, and InUse where units are left and may not go, a snapshot is held, or
-    a stream is being imported.
+    trash). Raises NotFound, PreconditionFailed, and InUse where a snapshot is held or a stream is being imported, and
+    unless it is by ``force`` where units are left or a snapshot's record is damaged.
     """
     record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
     if record is None or record.deleting or record.trashed_s:
         raise NotFound(f"there is no volume {volume_id!r} any more")
     check_revision(record, expected_revision)
     check_not_importing(record)
-    snapshots_held(writer, record)
+    snapshots_held(writer, record, force=force)
     units = [key for key, _ in writer.scan(Table.VOLUME_UNITS, prefix=f"{volume_id}/".encode())]
-    if units and not remove_units:
+    if units and not force:
         raise InUse(
             f"volume {record.name!r} was mapped to a host meanwhile",
             correction="unmap it ('blockvirt lun unmap'), or use force",
@@ -173,16 +173,42 @@ def retire(
     return record, ""
 
 
-def snapshots_held(reader: Reader, volume: VolumeRecord) -> None:
-    """Return if no snapshot of a volume is held; raises InUse."""
-    for _, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume.id}/".encode()):
-        snapshot = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+def snapshots_held(reader: Reader, volume: VolumeRecord, *, force: bool = False) -> None:
+    """Return if no snapshot of a volume is held; raises InUse, also unless by ``force`` where that cannot be told."""
+    for key, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume.id}/".encode()):
+        try:
+            snapshot = reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        except DamagedRecord as error:
+            if force:
+                continue
+            raise InUse(
+                f"volume {volume.name!r} cannot be deleted as it is: {_damaged(volume, key)}",
+                cause=error.message,
+                correction="use force, and it goes with its volume; 'blockvirt check --restore-metadata' brings back "
+                "the newest intact copy instead",
+            ) from error
         if snapshot is not None and snapshot.holds:
             raise InUse(
                 f"snapshot {volume.name}@{snapshot.name} is held: {', '.join(snapshot.holds)}",
                 cause="its volume cannot be deleted without it",
                 correction=releasing(f"{volume.name}@{snapshot.name}", snapshot),
             )
+
+
+def damaged_snapshots(reader: Reader, volume: VolumeRecord) -> list[str]:
+    """Say of which snapshots of a volume the records are damaged. Reads them all: for a thread."""
+    found = []
+    for key, snapshot_id in reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume.id}/".encode()):
+        try:
+            reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id)
+        except DamagedRecord:
+            found.append(_damaged(volume, key))
+    return found
+
+
+def _damaged(volume: VolumeRecord, name_key: bytes) -> str:
+    name = name_key.decode(errors="replace").partition("/")[2]
+    return f"the record of snapshot {volume.name}@{name} is damaged, and may say that it is held"
 
 
 def releasing(name: str, snapshot: SnapshotRecord) -> str:

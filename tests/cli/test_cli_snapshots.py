@@ -91,6 +91,20 @@ async def test_a_listing_of_one_volume_and_of_labels(command: Command, script: S
     assert len(script.asked) == 2, "the head is told with the list"
 
 
+async def test_damaged_ones_are_named_beside_the_list(command: Command, script: Script) -> None:
+    damaged = [f"v@d{number}" for number in range(7)]
+    page = {"snapshots": [snapshot("a")], "head_parent_id": "id-a", "damaged": damaged}
+    script.on("GET", "/v1/snapshots?limit=1000&volume=v", page)
+    listed = await command("snapshot", "list", "v")
+    assert listed.code == 0
+    assert "|-- a" in listed.out
+    assert "damaged" not in listed.out
+    assert "v@d0, v@d1, v@d2, v@d3, v@d4 and 2 more" in listed.err
+    flat = await command("snapshot", "list", "v", "-o", "json")
+    assert flat.json == [snapshot("a")]
+    assert "v@d0" in flat.err
+
+
 async def test_a_tree_is_not_folded_on_a_narrow_terminal(command: Command, script: Script, tmp_path: Path) -> None:
     """A name on a line of its own, away from its branch, would be no tree any more."""
     found = [snapshot("a"), snapshot("before-revert-20261122t053238-330z", parent_id="id-a")]
