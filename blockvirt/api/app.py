@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
-from pydantic import BaseModel
 
 from blockvirt import __version__
 from blockvirt.api import changes, hosts, jobs, models, pool, schedules, sessions, snapshots, streams, trash, volumes
@@ -53,15 +52,15 @@ def build(services: Services) -> web.Application:
         return web.Response(body=openapi, content_type="application/json")
 
     async def healthz(request: web.Request) -> web.StreamResponse:
-        return _json(models.Health(status="ok"))
+        return _answer(Reply(models.Health(status="ok")))
 
     async def readyz(request: web.Request) -> web.StreamResponse:
         reason = services.not_ready()
         if not reason:
-            return _json(models.Health(status="ok"))
+            return _answer(Reply(models.Health(status="ok")))
         word = reason.partition(":")[0]
         status = word if word in ("starting", "stopping") else "failed"
-        return _json(models.Health.model_validate({"status": status, "reason": reason}), 503)
+        return _answer(Reply(models.Health.model_validate({"status": status, "reason": reason}), 503))
 
     async def metrics(request: web.Request) -> web.StreamResponse:
         render = services.metrics()
@@ -121,7 +120,7 @@ def _route(operation: Operation, services: Services, stopping: asyncio.Future[No
         with services.idempotency.running(key):
             reply = await operation.handler(call, **arguments)
             if services.idempotency.find(key, digest) is None:
-                text = reply.body.model_dump_json(exclude_none=True)
+                text = reply.json()
                 location = reply.headers.get("Location", "")
                 record = services.idempotency.answer(key, digest, reply.status, text, location)
                 await services.idempotency.keep_alone(record)
@@ -131,7 +130,10 @@ def _route(operation: Operation, services: Services, stopping: asyncio.Future[No
 
 
 def _answer(reply: Reply) -> web.Response:
-    return _json(reply.body, reply.status, dict(reply.headers))
+    headers = dict(reply.headers)
+    return web.Response(
+        status=reply.status, body=reply.json().encode(), content_type="application/json", headers=headers
+    )
 
 
 def _replay(kept: IdempotencyRecord) -> web.Response:
@@ -139,8 +141,3 @@ def _replay(kept: IdempotencyRecord) -> web.Response:
     if kept.location:
         headers["Location"] = kept.location
     return web.Response(status=kept.status, body=kept.body.encode(), content_type="application/json", headers=headers)
-
-
-def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    text = body.model_dump_json(exclude_none=True).encode()
-    return web.Response(status=status, body=text, content_type="application/json", headers=headers)

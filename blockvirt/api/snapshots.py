@@ -64,7 +64,7 @@ async def _take(
         by_volume = {view.volume_id: view for view in services.snapshots.as_new(writer, records)}
         new = reply([answers.snapshot(view, endpoints) for view in by_volume.values()])
         if call.idempotency_key is not None:
-            text, location = new.body.model_dump_json(exclude_none=True), new.headers.get("Location", "")
+            text, location = new.json(), new.headers.get("Location", "")
             kept = services.idempotency.answer(call.idempotency_key, call.request_sha256, new.status, text, location)
             services.idempotency.keep(writer, kept)
         made.append(new)

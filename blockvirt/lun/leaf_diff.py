@@ -15,13 +15,17 @@ NOTHING = bytes(ENTRY_BYTES * LEAF_CHUNKS)
 """The planes of a leaf that maps nothing."""
 
 _EVERY_SLOT = int.from_bytes(b"\x01" * LEAF_CHUNKS, "little")
-_PLANES = tuple(
-    (slice(plane * LEAF_CHUNKS, (plane + 1) * LEAF_CHUNKS), (ADDRESS_MASK >> 8 * plane & 255) * _EVERY_SLOT)
-    for plane in range(ENTRY_BYTES)
-)
-"""Where each plane lies, and which of its bits belong to addresses."""
 _SET = bytes([0]) + bytes([1]) * 255
-_CLEAR = bytes([1]) + bytes([0]) * 255
+
+
+def _plane(number: int) -> tuple[slice, int, bytes]:
+    bits = ADDRESS_MASK >> 8 * number & 255
+    place = slice(number * LEAF_CHUNKS, (number + 1) * LEAF_CHUNKS)
+    return place, bits * _EVERY_SLOT, bytes([not octet & bits for octet in range(256)])
+
+
+_PLANES = tuple(_plane(number) for number in range(ENTRY_BYTES))
+"""Of each plane: where it lies, which of its bits belong to addresses, and a table that gives 1 where none is set."""
 # Written so that each begins with a literal: the engine looks for that many times faster than for "x+".
 _ALIKE = re.compile(rb"\x01\x01*")
 _RUNS = re.compile(rb"\x01\x01*|\x02\x02*")
@@ -40,7 +44,7 @@ def differing(old: bytes, new: bytes) -> list[tuple[int, int, bool]]:
     """Return (first slot, count, reads as zeros now) of the runs of slots whose address differs between two planes."""
     number = int.from_bytes
     folded = 0
-    for place, address_bits in _PLANES:
+    for place, address_bits, _ in _PLANES:
         before, after = old[place], new[place]
         if before != after:  # of addresses that lie near one another most planes are alike
             folded |= (number(before, "little") ^ number(after, "little")) & address_bits
@@ -48,9 +52,8 @@ def differing(old: bytes, new: bytes) -> list[tuple[int, int, bool]]:
         return []
     marks = folded.to_bytes(LEAF_CHUNKS, "little").translate(_SET)
     changed = zero = number(marks, "little")
-    for place, address_bits in _PLANES:
-        bits = number(new[place], "little") & address_bits
-        zero &= number(bits.to_bytes(LEAF_CHUNKS, "little").translate(_CLEAR), "little")
+    for place, _, where_clear in _PLANES:
+        zero &= number(new[place].translate(where_clear), "little")
         if not zero:  # mostly after a plane or two
             return [(run.start(), run.end() - run.start(), False) for run in _ALIKE.finditer(marks)]
     marks = (changed + zero).to_bytes(LEAF_CHUNKS, "little")  # 1: differs and is mapped, 2: differs and is not

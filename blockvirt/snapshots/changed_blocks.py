@@ -12,27 +12,20 @@ from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots.catalogue import Snapshots
-from blockvirt.snapshots.changes import Chain, Point, chain_of, changed_leaves, changes
+from blockvirt.snapshots.changes import Chain, Point, chain_of, changed_leaves, changed_runs
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.transactions import locate
 from blockvirt.volumes.versions import branch_record
 
-
-@dataclass(frozen=True, slots=True)
-class ChangedRange:
-    """A range that may differ."""
-
-    offset_bytes: int
-    length_bytes: int
-    zero: bool
-    """It reads as zeros now."""
+Range = tuple[int, int, bool]
+"""What may differ: (offset, length, both in bytes; whether it reads as zeros now). No class: a page has thousands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
     """Some ranges in order, and where to go on (None: that was all)."""
 
-    changes: Sequence[ChangedRange]
+    ranges: Sequence[Range]
     next_offset_bytes: int | None
     size_bytes: int
     """Of the snapshot or volume that was asked about."""
@@ -107,16 +100,16 @@ class ChangedBlocks:
             _still_there(reader, base)
             old = chain_of(reader, Point(base.branch, base.epoch))
         shift = self._context.chunk_shift
-        found: list[ChangedRange] = []
+        found: list[Range] = []
         end_chunk = ((size_bytes - 1) >> shift) + 1
         leaves = self._leaves_of(reader, old, new) if is_fixed else None
-        for change in changes(reader, old, new, offset >> shift, end_chunk, leaves):
-            start = max(offset, change.chunk << shift)
+        for chunk, count, zero in changed_runs(reader, old, new, offset >> shift, end_chunk, leaves):
+            start = max(offset, chunk << shift)
             if len(found) == limit:
                 return Page(found, start, size_bytes)
-            end = min(size_bytes, (change.chunk + change.count) << shift)
+            end = min(size_bytes, (chunk + count) << shift)
             if start < end:
-                found.append(ChangedRange(start, end - start, change.zero))
+                found.append((start, end - start, zero))
         return Page(found, None, size_bytes)
 
     def _leaves_of(self, reader: Reader, old: Chain, new: Chain) -> "array[int]":

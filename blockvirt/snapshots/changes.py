@@ -7,10 +7,12 @@ Only leaves that got a version between the two are looked at, so the cost grows 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 from blockvirt.lun.leaf import SLOT_BITS
+from blockvirt.lun.leaf_diff import differing
 from blockvirt.meta.store import Reader
-from blockvirt.snapshots.diff import Change, compare
+from blockvirt.snapshots.diff import Change
 from blockvirt.volumes.gaps import born_between
 from blockvirt.volumes.versions import branch_record, lineage, planes_through
 
@@ -50,35 +52,42 @@ def changed_leaves(reader: Reader, old: Chain, new: Chain) -> list[int]:
     return sorted(leaves)
 
 
-def changes(
+def changed_runs(
     reader: Reader,
     old: Chain,
     new: Chain,
     first_chunk: int = 0,
     end_chunk: int = 1 << 40,
     leaves: Sequence[int] | None = None,
-) -> Iterator[Change]:
+) -> Iterator[tuple[int, int, bool]]:
     """Yield what of the chunks from ``first_chunk`` on, below ``end_chunk``, differs; neighbours merged, in order.
 
-    ``leaves`` are the ``changed_leaves``, where they are known already. Raises DamagedRecord.
+    As (first chunk, count, reads as zeros now): a large volume has too many for an object each. ``leaves`` are the
+    ``changed_leaves``, where they are known already. Raises DamagedRecord.
     """
-    held: Change | None = None
     if leaves is None:
         leaves = changed_leaves(reader, old, new)
+    start = end = first_chunk  # of the run that may go on
+    zero = False
     for place in range(bisect_left(leaves, first_chunk >> SLOT_BITS), len(leaves)):
         leaf = leaves[place]
         base = leaf << SLOT_BITS
         if base >= end_chunk:
             break
-        for change in compare(base, planes_through(reader, old, leaf), planes_through(reader, new, leaf)):
-            start, end = max(change.chunk, first_chunk), min(change.chunk + change.count, end_chunk)
-            if start >= end:
+        for slot, count, is_zero in differing(planes_through(reader, old, leaf), planes_through(reader, new, leaf)):
+            chunk, behind = max(base + slot, first_chunk), min(base + slot + count, end_chunk)
+            if chunk >= behind:
                 continue
-            if held is not None and held.chunk + held.count == start and held.zero == change.zero:
-                held = Change(held.chunk, held.count + end - start, held.zero)
+            if chunk == end and is_zero == zero:
+                end = behind
                 continue
-            if held is not None:
-                yield held
-            held = Change(start, end - start, change.zero)
-    if held is not None:
-        yield held
+            if start < end:
+                yield start, end - start, zero
+            start, end, zero = chunk, behind, is_zero
+    if start < end:
+        yield start, end - start, zero
+
+
+def changes(reader: Reader, old: Chain, new: Chain, first_chunk: int = 0, end_chunk: int = 1 << 40) -> Iterator[Change]:
+    """Yield the same as objects; raises DamagedRecord."""
+    return starmap(Change, changed_runs(reader, old, new, first_chunk, end_chunk))

@@ -1,10 +1,19 @@
 """Changed blocks over HTTP, on a real pool: compared with plain bytes."""
 
 import random
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from blockvirt.api import changes as answers
+from blockvirt.api.snapshot_models import ChangedRange, Changes
+from blockvirt.limits import API_MAX_CHANGES, MAX_VOLUME_BYTES
+from blockvirt.snapshots.changed_blocks import Page
+from blockvirt.snapshots.changes import changed_runs
 from blockvirt.units import KIB, MIB
 from tests.api.conftest import PoolApi
 
@@ -159,3 +168,43 @@ async def test_a_base_that_goes_meanwhile(v: PoolApi, monkeypatch: pytest.Monkey
     assert (await v.call("GET", "/v1/snapshots/v@t/changes?since=v@s")).status == 404
     assert (await v.call("GET", "/v1/snapshots/v@s/changes")).status == 404
     assert (await v.call("GET", "/v1/snapshots/v@t/changes")).status == 200
+
+
+NUMBERS = st.integers(0, MAX_VOLUME_BYTES)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans())), st.none() | NUMBERS, NUMBERS, NUMBERS)
+def test_what_is_written_by_hand_is_what_the_model_writes(
+    ranges: list[tuple[int, int, bool]], more: int | None, size_bytes: int, chunk_bytes: int
+) -> None:
+    model = Changes(
+        changes=[ChangedRange(offset_bytes=at, length_bytes=length, zero=zero) for at, length, zero in ranges],
+        next_offset_bytes=more,
+        size_bytes=size_bytes,
+        chunk_bytes=chunk_bytes,
+    )
+    text = answers.written(Page(ranges, more, size_bytes), chunk_bytes)
+    assert text == model.model_dump_json(exclude_none=True)
+    assert Changes.model_validate_json(text, strict=True, extra="forbid") == model
+
+
+async def test_pages_are_found_and_written_beside_the_event_loop(v: PoolApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests are served on the loop, and the longest page takes milliseconds."""
+    await v.write("v", 0, b"a" * CHUNK)
+    await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": "s"})
+    threads: list[threading.Thread] = []
+
+    def noted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            threads.append(threading.current_thread())
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(answers, "written", noted(answers.written))
+    monkeypatch.setattr("blockvirt.snapshots.changed_blocks.changed_runs", noted(changed_runs))
+    for path in ("/v1/snapshots/v@s", "/v1/volumes/v"):
+        page = await v.ok("GET", f"{path}/changes?limit={API_MAX_CHANGES}")
+        assert page["changes"] == [{"offset_bytes": 0, "length_bytes": CHUNK, "zero": False}]
+    assert len(threads) == 4
+    assert threading.main_thread() not in threads
