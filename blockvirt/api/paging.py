@@ -43,14 +43,29 @@ def page_of(
 
     ``place`` says where an item stands in their order: a number, then a name.
     """
-    if after:
-        number, _, name = after.partition("/")
-        try:
-            last = float(number), name
-        except ValueError:
-            last = float("inf"), name
+    last = _place(after)
+    if last is not None:
         items = [item for item in items if place(item) > last]
     if len(items) <= limit:
         return items, None
-    last_number, last_name = place(items[limit - 1])
-    return items[:limit], page_token(listing, f"{last_number!r}/{last_name}")
+    return items[:limit], place_token(listing, place(items[limit - 1]))
+
+
+def place_token(listing: str, place: tuple[float, str]) -> str:
+    """Return the token that goes on behind a place, in a list that is ordered by a number and a name."""
+    return page_token(listing, f"{place[0]!r}/{place[1]}")
+
+
+def place_after(token: str | None, listing: str) -> tuple[float, str] | None:
+    """Return the place to go on after, None for the first page; raises InvalidRequest for a token of another list."""
+    return _place(page_after(token, listing))
+
+
+def _place(after: str) -> tuple[float, str] | None:
+    if not after:
+        return None
+    number, _, name = after.partition("/")
+    try:
+        return float(number), name
+    except ValueError:
+        return float("inf"), name

@@ -1,14 +1,14 @@
 """/v1/trash: deleted volumes that can be had back."""
 
 import asyncio
+from functools import partial
 
 from blockvirt.api import answers, models
 from blockvirt.api.job_models import Job
 from blockvirt.api.operations import Call, Operations, Reply, etag
-from blockvirt.api.paging import page_after, page_of
+from blockvirt.api.paging import place_after, place_token
 from blockvirt.api.volumes import shown
 from blockvirt.api.wire import DryRunQuery, ListQuery
-from blockvirt.volumes.trash import Trashed
 
 operations = Operations("trash")
 
@@ -16,13 +16,10 @@ operations = Operations("trash")
 @operations.add("GET", "/v1/trash", {200: models.TrashList})
 async def list_trash(call: Call, query: ListQuery) -> Reply:
     """List the volumes in the trash, those that go first first, a page at a time."""
-    found = await asyncio.to_thread(call.services.catalogue.trash.list)
-    page, token = page_of("trash", found, _place, page_after(query.page_token, "trash"), query.limit)
-    return Reply(models.TrashList(volumes=[answers.trashed(each) for each in page], next_page_token=token))
-
-
-def _place(volume: Trashed) -> tuple[float, str]:
-    return volume.purge_at_s, volume.id
+    after = place_after(query.page_token, "trash")
+    page = await asyncio.to_thread(partial(call.services.catalogue.trash.page, after=after, limit=query.limit))
+    token = place_token("trash", page.next_after) if page.next_after is not None else None
+    return Reply(models.TrashList(volumes=[answers.trashed(each) for each in page.volumes], next_page_token=token))
 
 
 @operations.add("POST", "/v1/trash/{volume}/restore", {200: models.Volume}, errors=(404, 409))
@@ -39,7 +36,7 @@ async def purge_volume(call: Call, volume: str, query: DryRunQuery) -> Reply:
     services = call.services
     trash = services.catalogue.trash
     if query.dry_run:
-        found = trash.get(volume)
+        found = await trash.get(volume)
         holdings = await services.histories.holdings(found.id)
         freed_bytes = holdings.exclusive_bytes if holdings is not None else 0
         return Reply(models.TrashPurge(volume=answers.trashed(found), freed_bytes=freed_bytes))

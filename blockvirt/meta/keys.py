@@ -5,6 +5,7 @@ from enum import Enum
 
 _U64 = struct.Struct(">Q")
 _U64X2 = struct.Struct(">QQ")
+_F64 = struct.Struct("<d")
 _LEAF = struct.Struct(">QIQ")
 _BORN = struct.Struct(">QQI")
 
@@ -37,10 +38,20 @@ class Table(Enum):
     JOBS = b"jobs"  # job id -> JobRecord
     SCHEDULES = b"schedules"  # schedule id -> ScheduleRecord
     SCHEDULE_NAMES = b"schedule-names"  # name -> schedule id
-    TRASH = b"trash"  # volume id -> nothing
+    TRASH = b"trash"  # volume id -> when it is purged
 
 
 POOL_KEY = b"pool"
+
+
+def deadline(time_s: float) -> bytes:
+    """Value of a row of the trash: Unix time."""
+    return _F64.pack(time_s)
+
+
+def split_deadline(stored: bytes) -> float | None:
+    """Undo ``deadline``; None for a row without one, which another version has written."""
+    return float(_F64.unpack(stored)[0]) if len(stored) == _F64.size else None
 
 
 def number_key(number: int) -> bytes:

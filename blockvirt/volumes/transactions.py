@@ -7,7 +7,7 @@ from dataclasses import replace
 from blockvirt.errors import DamagedRecord, Exists, InUse, LimitReached, MetadataFault, NotFound, PreconditionFailed
 from blockvirt.ids import canonical_id, is_id
 from blockvirt.limits import MAX_VOLUMES
-from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, number_key, unit_key, volume_branch_key
+from blockvirt.meta.keys import POOL_KEY, Table, child_point_key, deadline, number_key, unit_key, volume_branch_key
 from blockvirt.meta.records import BranchRecord, PoolRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.volumes.deletion import queue_purge
@@ -169,7 +169,7 @@ def retire(
         return record, queue_purge(writer, record)
     trashed = replace(record, trashed_s=now_s, purge_at_s=purge_at_s, revision=record.revision + 1)
     writer.put_record(Table.VOLUMES, volume_id.encode(), trashed)
-    writer.put(Table.TRASH, volume_id.encode(), b"")
+    writer.put(Table.TRASH, volume_id.encode(), deadline(purge_at_s))
     return record, ""
 
 

@@ -11,8 +11,8 @@ from uuid import UUID
 
 from blockvirt.errors import BlockvirtError, Exists, NotFound
 from blockvirt.ids import check_name, is_id
-from blockvirt.limits import TRASH_LOOK_S
-from blockvirt.meta.keys import Table
+from blockvirt.limits import MAX_VOLUMES, TRASH_LOOK_S
+from blockvirt.meta.keys import Table, split_deadline
 from blockvirt.meta.records import VolumeRecord
 from blockvirt.meta.store import Reader, Store, Writer
 from blockvirt.volumes.deletion import queue_purge, trashed_volumes
@@ -37,6 +37,15 @@ class Trashed:
     snapshots: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrashPage:
+    """Some volumes in the trash, those that go first first."""
+
+    volumes: tuple[Trashed, ...]
+    next_after: tuple[float, str] | None
+    """The place to go on after: when the last of them goes, and its id. None: that was all."""
+
+
 class Trash:
     """What was deleted and can be had back. One per process."""
 
@@ -52,21 +61,32 @@ class Trash:
         """When the worker looks again, by the clock."""
 
     def list(self) -> tuple[Trashed, ...]:
-        """Return the volumes in the trash, those that go first first."""
-        found = []
-        with self._store.read() as reader:
-            for key, _ in reader.scan(Table.TRASH):
-                try:
-                    record = reader.record(VolumeRecord, Table.VOLUMES, key)
-                except BlockvirtError as error:
-                    log.error("volume %s in the trash: %s", key.decode(), error)
-                    continue
-                if record is not None and not record.deleting:
-                    found.append(_trashed(reader, record))
-        return tuple(sorted(found, key=lambda each: each.purge_at_s))
+        """Return the volumes in the trash, those that go first first. Reads them all: for a thread."""
+        return self.page(limit=MAX_VOLUMES).volumes
 
-    def get(self, name_or_id: str) -> Trashed:
+    def page(self, *, after: tuple[float, str] | None = None, limit: int = 100) -> TrashPage:
+        """Return up to ``limit`` volumes in the trash behind the place ``after``, those that go first first.
+
+        Costs a row for each volume in the trash, and a record for each on the page. For a thread.
+        """
+        found: list[Trashed] = []
+        with self._store.read() as reader:
+            for place in _places(reader):
+                if after is not None and place <= after:
+                    continue
+                if len(found) == limit:
+                    return TrashPage(tuple(found), after)
+                after = place
+                record = _record(reader, place[1].encode())
+                if record is not None:
+                    found.append(_trashed(reader, record))
+        return TrashPage(tuple(found), None)
+
+    async def get(self, name_or_id: str) -> Trashed:
         """Return a volume in the trash, by id, or by name if just one was called so; raises NotFound, Exists."""
+        return await asyncio.to_thread(self._get, name_or_id)
+
+    def _get(self, name_or_id: str) -> Trashed:
         if is_id(name_or_id):
             volume_id = str(UUID(name_or_id))
             with self._store.read() as reader:
@@ -92,7 +112,7 @@ class Trash:
 
         Raises NotFound, Exists (the name is in use by now: give another), InvalidName.
         """
-        found = self.get(name_or_id)
+        found = await self.get(name_or_id)
         new_name = check_name(name, what="volume") if name is not None else found.name
         await self._store.commit(partial(_restore, found.id, new_name))
         log.info("volume %s (%s) is restored from the trash as %s", found.name, found.id, new_name)
@@ -100,7 +120,7 @@ class Trash:
 
     async def purge(self, name_or_id: str) -> str:
         """Delete a volume in the trash for good; returns the job's id. Raises NotFound, Exists, InUse (a hold)."""
-        return await self._purge(self.get(name_or_id).id)
+        return await self._purge((await self.get(name_or_id)).id)
 
     async def _purge(self, volume_id: str) -> str:
         job_id, size_bytes = await self._store.commit(partial(_purge, volume_id))
@@ -147,6 +167,28 @@ class Trash:
             if not start:
                 return due, min(deadlines, default=None)
             await asyncio.sleep(0)
+
+
+def _places(reader: Reader) -> list[tuple[float, str]]:
+    """Return (when it goes, its id) of each volume in the trash, in that order; damaged ones without a place go."""
+    found = []
+    for key, stored in reader.scan(Table.TRASH):
+        purge_at_s = split_deadline(stored)
+        if purge_at_s is None and (record := _record(reader, key)) is not None:
+            purge_at_s = record.purge_at_s
+        if purge_at_s is not None:
+            found.append((purge_at_s, key.decode(errors="replace")))
+    return sorted(found)
+
+
+def _record(reader: Reader, key: bytes) -> VolumeRecord | None:
+    """Return the record of a volume in the trash; None where it is damaged, which the log says, or gone."""
+    try:
+        record = reader.record(VolumeRecord, Table.VOLUMES, key)
+    except BlockvirtError as error:
+        log.error("volume %s in the trash: %s", key.decode(errors="replace"), error)
+        return None
+    return record if record is not None and not record.deleting else None
 
 
 def _trashed(reader: Reader, record: VolumeRecord) -> Trashed:
