@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from blockvirt.errors import BlockvirtError
-from blockvirt.meta.records import BranchRecord
+from blockvirt.limits import RECLAIM_BATCH_VERSIONS
 from blockvirt.meta.store import Writer
-from blockvirt.volumes.commit import FileChange, MapChange, leaf_rows, write_map
+from blockvirt.volumes.commit import FileChange, MapChange, Written, leaf_rows, write_map
 from blockvirt.volumes.flush import Flusher, sync_data
 from blockvirt.volumes.volume import Volume
 
@@ -152,16 +152,19 @@ async def _commit(first: Volume, frozen: Sequence[Frozen], also: Also[T] | None)
     changes = [each.change for each in whole]
     rows = await context.threads.run(lambda: [leaf_rows(each.branch, each.epoch, each.leaves) for each in changes])
 
-    def write(writer: Writer) -> tuple[list[BranchRecord], T | None]:
-        records = [write_map(writer, change, mine) for change, mine in zip(changes, rows, strict=True)]
-        return records, None if failures or also is None else also(writer, changes)
+    def write(writer: Writer) -> tuple[list[Written], T | None]:
+        done: list[Written] = []
+        for change, mine in zip(changes, rows, strict=True):
+            room = RECLAIM_BATCH_VERSIONS - sum(each.versions_removed for each in done)  # one transaction for all
+            done.append(write_map(writer, change, mine, room))
+        return done, None if failures or also is None else also(writer, changes)
 
     try:
-        records, result = await context.store.commit(write)
+        written, result = await context.store.commit(write)
     except BlockvirtError as error:
         raise first.stop("its map cannot be committed to the metadata", error) from error
-    for each, record in zip(whole, records, strict=True):
-        _committed(each, record)
+    for each, mine in zip(whole, written, strict=True):
+        _committed(each, mine)
     if failures:
         raise failures[0]
     return result
@@ -210,15 +213,17 @@ def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
     return Frozen(volume, change, switched)
 
 
-def _committed(frozen: Frozen, record: BranchRecord) -> None:
+def _committed(frozen: Frozen, written: Written) -> None:
     volume, change = frozen.volume, frozen.change
     frozen.committed = True
-    volume.branch_record = record
+    volume.branch_record = written.branch
     for mark in change.files:
         volume.files.marked(mark.number, mark.used_chunks, sealed=mark.sealed)
     volume.map.committed(change.leaves)
     if frozen.switched:
         assert volume.journal is not None
         volume.journal.covered(change.covered_sequence)
-    if change.freed or change.dropped:
+    if written.has_freed:
         volume.context.punches.set()
+    if written.has_queued:
+        volume.context.jobs.set()

@@ -2,6 +2,9 @@
 
 Runs inside one metadata transaction. Records are read and changed there, field by field: the background works on other
 fields of the same records (live counts, origins).
+
+All commits of the pool wait for that transaction, so it frees a bounded number of older versions. Mostly there are
+none; once snapshots have gone there may be thousands behind a leaf, and what is too much is left to a reclaim.
 """
 
 import logging
@@ -15,7 +18,15 @@ from blockvirt.meta.keys import POOL_KEY, Table, born_key, leaf_key, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord, PoolRecord, seal
 from blockvirt.meta.store import Writer
 from blockvirt.volumes.leaf_map import FrozenLeaf
-from blockvirt.volumes.versions import branch_record, free_gap, previous_point, release, visible_version
+from blockvirt.volumes.reclaim import leave_behind
+from blockvirt.volumes.versions import (
+    branch_record,
+    free_gap,
+    has_version_between,
+    previous_point,
+    release,
+    visible_version,
+)
 
 log = logging.getLogger("blockvirt.volumes")
 
@@ -53,6 +64,20 @@ class MapChange:
     """(chunk, address of the branch's own) that the head dropped and an older version may still hold."""
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a change came to."""
+
+    branch: BranchRecord
+    """As stored."""
+    versions_removed: int
+    """How many older versions went."""
+    has_freed: bool
+    """There are new rows in the punch table."""
+    has_queued: bool
+    """There is a new job: wake the board once the transaction is committed."""
+
+
 Rows = list[tuple[int, bytes, bytes, bytes]]
 
 
@@ -65,8 +90,11 @@ def leaf_rows(branch: int, epoch: int, leaves: Sequence[FrozenLeaf]) -> Rows:
     return rows
 
 
-def write_map(writer: Writer, change: MapChange, rows: Rows) -> BranchRecord:
-    """Store a branch's new state and release what it frees; returns its record as stored."""
+def write_map(writer: Writer, change: MapChange, rows: Rows, most: int) -> Written:
+    """Store a branch's new state and release what it frees.
+
+    At most ``most`` older versions are removed; the others are left to a reclaim.
+    """
     stored = branch_record(writer, change.branch)
     branch = replace(
         stored,
@@ -87,15 +115,18 @@ def write_map(writer: Writer, change: MapChange, rows: Rows) -> BranchRecord:
         file = replace(file, used_chunks=mark.used_chunks, sealed=mark.sealed, live_chunks=live_chunks)
         writer.put_record(Table.FILES, number_key(file.number), file)
     release(writer, change.freed, counted=True)
-    release(writer, _no_longer_held(writer, change))
+    dropped = _no_longer_held(writer, change)
+    release(writer, dropped)
     for _, key, value, born in rows:
         writer.put(Table.LEAVES, key, value)
         writer.put(Table.BORN, born, b"")
+    removed = freed = 0
+    has_queued = False
     if stored.first_epoch != change.epoch:  # else there are no older versions
-        point = previous_point(writer, change.branch, change.epoch)
-        for leaf, _, _, _ in rows:
-            release(writer, _superseded(writer, change, leaf, point))
-    return branch
+        leaves = [leaf for leaf, _, _, _ in rows]
+        removed, freed, is_left = _free_superseded(writer, change, leaves, most)
+        has_queued = is_left and leave_behind(writer, branch, change.epoch)
+    return Written(branch, removed, bool(change.freed or dropped or freed), has_queued)
 
 
 def _raise_epoch(writer: Writer, epoch: int) -> None:
@@ -121,10 +152,24 @@ def _no_longer_held(writer: Writer, change: MapChange) -> list[int]:
     return free
 
 
-def _superseded(writer: Writer, change: MapChange, leaf: int, point: int) -> list[int]:
-    """Remove the versions behind ``point`` that nobody sees now that the head has its own; returns what that frees."""
-    try:
-        return free_gap(writer, change.branch, leaf, point, change.epoch)[1]
-    except DamagedRecord as error:
-        log.error("older versions of leaf %d of branch %d are not freed: %s", leaf, change.branch, error)
-        return []
+def _free_superseded(writer: Writer, change: MapChange, leaves: Sequence[int], most: int) -> tuple[int, int, bool]:
+    """Remove at most ``most`` versions behind the last point that nobody sees now that the head has its own of them.
+
+    Returns how many went, how many addresses that freed, and whether there are more.
+    """
+    point = previous_point(writer, change.branch, change.epoch)
+    removed = freed = 0
+    for place, leaf in enumerate(leaves):
+        try:
+            count, addresses = free_gap(writer, change.branch, leaf, point, change.epoch, most - removed)
+        except DamagedRecord as error:
+            log.error("older versions of leaf %d of branch %d are not freed: %s", leaf, change.branch, error)
+            continue
+        release(writer, addresses)
+        removed += count
+        freed += len(addresses)
+        if removed == most:
+            epochs = point, change.epoch
+            is_left = any(has_version_between(writer, change.branch, each, *epochs) for each in leaves[place:])
+            return removed, freed, is_left
+    return removed, freed, False

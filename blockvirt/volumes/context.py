@@ -62,6 +62,8 @@ class VolumeContext:
     pressure: WritePressure
     punches: asyncio.Event
     """Set when the metadata store has new punch rows."""
+    jobs: asyncio.Event
+    """Set when it has new jobs, by those who know no job board."""
     file_chunks: int
     """Chunks after which a backing file is rotated."""
     checkpoint_age_s: float

@@ -72,7 +72,7 @@ class Engine:
         self.store = context.store
         self.storage = storage
         self.leftovers = Leftovers(context)
-        self.jobs = JobBoard(context.store)
+        self.jobs = JobBoard(context.store, work=context.jobs)
         self.sealing = asyncio.Event()
         """Set when a snapshot was taken: what it seals is to get checksums."""
         self.registry = VolumeRegistry(context, self.leftovers, self.jobs.wake)
@@ -172,6 +172,7 @@ def volume_context(
         cache=LeafCache(settings.leaf_cache_bytes),
         pressure=WritePressure(PRESSURE_STEP_BYTES),
         punches=asyncio.Event(),
+        jobs=asyncio.Event(),
         # One address less than fits: entries of neighbouring chunks in two files must not look like one run.
         file_chunks=min(settings.backing_file_bytes // pool.chunk_bytes, CHUNK_MASK),
         checkpoint_age_s=settings.checkpoint_age_s,

@@ -33,14 +33,14 @@ _ENDS = (Action.FINISH, Action.FAIL, Action.CANCEL)
 class JobBoard:
     """All jobs of the pool. One per process; call it on the event loop."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        """``clock`` tells seconds since the epoch."""
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, work: asyncio.Event | None = None) -> None:
+        """``clock`` tells seconds since the epoch. ``work`` may be set instead of a call of ``wake``."""
         self._store = store
         self._clock = clock
         self._queues = JobQueues()
         self._new: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._work = asyncio.Event()
+        self._work = work if work is not None else asyncio.Event()
         self._work.set()
         self._runs = TaskSet("jobs")
         self._commits = TaskSet("job-commits")

@@ -59,6 +59,8 @@ class Leftovers:
         with _in_our_words(record):
             done = await self._context.threads.run(lambda: recover(self._context, branch, found))
         await self._recount(branch.number)
+        self._context.punches.set()
+        self._context.jobs.set()
         log.info(
             "volume %s recovered %s: %d frames, %d changes",
             record.name,

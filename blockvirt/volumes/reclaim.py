@@ -1,13 +1,15 @@
 """Reclaim: freeing what nobody sees any more, in the background, a few leaves at a time. Needs no space to make space.
 
-A row (branch, epoch) says that a point went there. Each step is one small transaction that removes dead versions and
-queues their addresses for punching, so a crash repeats nothing but a look; the row goes after the last step. A branch
-that neither a head nor a point keeps goes as a whole: its files are unlinked, then its rows, then its hold on its
-origin, which may be next.
+A row (branch, epoch) says that a point went there, or that a checkpoint left older versions of its leaves behind. Each
+step is one small transaction that removes dead versions and queues their addresses for punching, so a crash repeats
+nothing but a look; the row goes after the last step, if nobody has put more to free under it meanwhile: its value is
+another one then. A branch that neither a head nor a point keeps goes as a whole: its files are unlinked, then its rows,
+then its hold on its origin, which may be next.
 """
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, sp
 from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path, unlink_files
+from blockvirt.volumes.concerned import volume_name
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.gaps import Gap, born_between, gap_around
 from blockvirt.volumes.jobs import Running, State, queue_job
@@ -27,6 +30,8 @@ from blockvirt.volumes.journal import journal_paths
 from blockvirt.volumes.versions import free_gap, is_pinned, next_point, previous_point, release
 
 log = logging.getLogger("blockvirt.reclaim")
+
+_MARK_BYTES = 8
 
 RECLAIM = "reclaim"
 PURGE = "purge"
@@ -39,7 +44,7 @@ def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volu
     """
     if any(True for _ in Reader.scan(writer, Table.POINTS, prefix=pair_key(branch, epoch))):
         return None
-    writer.put(Table.RECLAIM, pair_key(branch, epoch), b"")
+    _note(writer, branch, epoch)
     job = JobRecord(
         id=new_id(),
         kind=RECLAIM,
@@ -52,6 +57,25 @@ def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volu
     )
     queue_job(writer, job)
     return job.id
+
+
+def leave_behind(writer: Writer, branch: BranchRecord, head_epoch: int) -> bool:
+    """Leave versions that a new one in ``head_epoch`` hides to a reclaim; tells whether a job was queued for them.
+
+    They lie behind the last point and were born before the head's epoch. So the epoch before that is none of a point,
+    and a reclaim of it finds them from either side: they are all before it, and a later one of each leaf is after it.
+    """
+    epoch = head_epoch - 1
+    if writer.get(Table.RECLAIM, pair_key(branch.number, epoch)) is not None:
+        _note(writer, branch.number, epoch)  # it has its job, which may have looked at some of these leaves already
+        return False
+    subject = f"older versions of {volume_name(writer, branch.volume_id)}"
+    return queue_reclaim(writer, branch.number, epoch, subject=subject, volume_id=branch.volume_id) is not None
+
+
+def _note(writer: Writer, branch: int, epoch: int) -> None:
+    """Put a row of what is to be freed, with a value that it never had: who works on it sees that there is more."""
+    writer.put(Table.RECLAIM, pair_key(branch, epoch), secrets.token_bytes(_MARK_BYTES))
 
 
 def adopt_rows(writer: Writer) -> None:
@@ -102,14 +126,17 @@ class Reclaimer:
 
         Raises DeviceFault where a device that must be reached is missing, MetadataFault, OSError.
         """
-        with self._store.read() as reader:
-            record = reader.record(BranchRecord, Table.BRANCHES, number_key(branch))
-            kept = record is not None and (record.head_epoch or is_pinned(reader, branch))
-        if record is not None and kept:
-            await self._free_gap(job, record, epoch)
-        elif record is not None:
-            await self._drop(job, record)
-        await self._store.commit(lambda writer: writer.delete(Table.RECLAIM, pair_key(branch, epoch)))
+        is_done = False
+        while not is_done:
+            with self._store.read() as reader:
+                mark = reader.get(Table.RECLAIM, pair_key(branch, epoch))
+                record = reader.record(BranchRecord, Table.BRANCHES, number_key(branch))
+                kept = record is not None and (record.head_epoch or is_pinned(reader, branch))
+            if record is not None and kept:
+                await self._free_gap(job, record, epoch)
+            elif record is not None:
+                await self._drop(job, record)
+            is_done = await self._store.commit(partial(_end, pair_key(branch, epoch), mark))
 
     # --- one gap -------------------------------------------------------------------------------------------------
 
@@ -199,6 +226,14 @@ def _step(gap: Gap, epoch: int, place: _Place, writer: Writer) -> tuple[int, _Pl
             return done, _Place(key, leaf)
         room -= removed
     return len(leaves), behind
+
+
+def _end(key: bytes, mark: bytes | None, writer: Writer) -> bool:
+    """Remove the row of what is freed now; tells whether it is: its mark is that of when the work began."""
+    if writer.get(Table.RECLAIM, key) not in (mark, None):
+        return False
+    writer.delete(Table.RECLAIM, key)
+    return True
 
 
 def _delete_rows(table: Table, prefix: bytes, writer: Writer) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from blockvirt.errors import DamagedRecord
+from blockvirt.limits import RECLAIM_BATCH_VERSIONS
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord
@@ -216,7 +217,7 @@ def _commit(context: VolumeContext, branch: BranchRecord, records: list[FileReco
     rows = leaf_rows(recovered.branch, recovered.epoch, leaves)
 
     def change(writer: Writer) -> None:
-        stored = write_map(writer, recovered, rows)
-        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=""))
+        written = write_map(writer, recovered, rows, RECLAIM_BATCH_VERSIONS)
+        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(written.branch, stopped=""))
 
     context.store.commit_now(change)

@@ -158,6 +158,12 @@ def dead_in_gap(
     return [birth for birth, _, _ in found], freed
 
 
+def has_version_between(reader: Reader, branch: int, leaf: int, after_epoch: int, before_epoch: int) -> bool:
+    """Tell whether a leaf has a version that was born after the one epoch and before the other."""
+    found = reader.floor(Table.LEAVES, leaf_key(branch, leaf, before_epoch - 1), prefix=leaf_prefix(branch, leaf))
+    return found is not None and split_leaf(found[0])[2] > after_epoch
+
+
 def free_gap(
     writer: Writer, branch: int, leaf: int, after_epoch: int, upto_epoch: int | None, most: int | None = None
 ) -> tuple[int, list[int]]:
