@@ -14,6 +14,8 @@ from blockvirt.checksum import crc32c
 from blockvirt.errors import DamagedRecord, MetadataFault
 
 RECORD_VERSION = 1
+REVERTED = "it was reverted to snapshot "
+"""How ``BranchRecord.stopped`` begins where it was a revert that stopped a volume, and not a failure."""
 _CRC = struct.Struct("<I")
 
 
@@ -103,6 +105,11 @@ class BranchRecord:
     """How many of these lie in files of other branches."""
     stopped: str = ""
     """Why the volume answers nothing (I7, or reverted under a guest), until an administrator reopens it."""
+
+    @property
+    def awaits_guests(self) -> bool:
+        """Whether it is stopped for its guests' sake alone, reverted under them: what it holds is whole."""
+        return self.stopped.startswith(REVERTED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class Snapshots:
         async with AsyncExitStack() as pins:
             parts = []
             for volume_id in sorted(wanted.names):  # one order: two groups do not wait for each other
-                opened = await pins.enter_async_context(self._engine.registry.pinned(volume_id))
+                opened = await pins.enter_async_context(self._engine.registry.pinned(volume_id, reverted=True))
                 parts.append(opened.checkpointer)
             outcome = await checkpoint_and_step(
                 parts, lambda writer, changes: transactions.insert(writer, wanted, changes)

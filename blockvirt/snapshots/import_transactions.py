@@ -109,7 +109,7 @@ def take_back(writer: Writer, volume_id: str, now_s: float) -> tuple[VolumeRecor
     base = writer.record(SnapshotRecord, Table.SNAPSHOTS, volume.importing.encode())
     if base is None:
         raise NotFound(f"snapshot {volume.importing}, which volume {volume.name!r} is to go back to, is gone")
-    done = transactions.revert(writer, plain, base, None, now_s, "")
+    done = transactions.revert(writer, plain, base, None, now_s, 0)
     # The size is not the stream's yet; that of the base may be smaller than the volume was before.
     writer.put_record(Table.VOLUMES, volume.id.encode(), replace(done.volume, size_bytes=volume.size_bytes))
     return None, done.job_id

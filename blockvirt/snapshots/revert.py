@@ -20,6 +20,7 @@ from blockvirt.snapshots.transactions import Safety
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.promises import Promises
+from blockvirt.volumes.versions import branch_record
 
 log = logging.getLogger("blockvirt.snapshots")
 
@@ -64,7 +65,8 @@ class Reverts:
 
         Refused with InUse while a session has the volume open, unless ``force`` drops it: then the volume refuses NBD
         until it is reopened, because a guest that reconnects with old caches would corrupt it. ``safety`` keeps what
-        the volume held as a snapshot, called ``safety_name`` or 'before-revert-' and the time.
+        the volume held as a snapshot, called ``safety_name`` or 'before-revert-' and the time. While it waits to be
+        reopened it can be reverted again, and goes on waiting.
 
         Raises NotFound, Exists, InvalidName, VolumeStopped, OvercommitLimit (the snapshot is larger than the volume).
         """
@@ -81,7 +83,9 @@ class Reverts:
         in_the_way = f"{sessions} sessions have it open"
         obstacles = (in_the_way,) if sessions else ()
         if dry_run:
-            return Revert(volume.id, target, False, None, obstacles, needs_reopen=sessions > 0)
+            return Revert(
+                volume.id, target, False, None, obstacles, needs_reopen=sessions > 0 or self._awaits_guests(volume)
+            )
         if sessions and not force:
             raise InUse(
                 f"volume {volume.name!r} cannot be reverted: {in_the_way}",
@@ -97,17 +101,16 @@ class Reverts:
         self, volume: VolumeRecord, target: SnapshotRecord, safety: Safety | None, now_s: float, *, force: bool
     ) -> Revert:
         registry = self._engine.registry
-        async with registry.set_aside(volume.id, refuse_sessions=not force) as dropped:
+        async with registry.set_aside(volume.id, refuse_sessions=not force, reverted=True) as dropped:
             volume = self._volume(volume.id)
-            stopped = f"it was reverted to snapshot {target.name} under {dropped} sessions" if dropped else ""
             with self._promises.grant(target.size_bytes - volume.size_bytes):
                 done = await self._engine.store.commit(
-                    lambda writer: transactions.revert(writer, volume, target, safety, now_s, stopped)
+                    lambda writer: transactions.revert(writer, volume, target, safety, now_s, dropped)
                 )
         if done.job_id is not None:
             self._engine.jobs.wake(done.job_id)
         log.warning("volume %s is reverted to snapshot %s", volume.name, target.name)
-        return Revert(volume.id, target, reverted=True, safety=done.safety, needs_reopen=bool(stopped))
+        return Revert(volume.id, target, reverted=True, safety=done.safety, needs_reopen=done.needs_reopen)
 
     def _volume(self, volume_id: str) -> VolumeRecord:
         with self._engine.store.read() as reader:
@@ -115,6 +118,10 @@ class Reverts:
         if record is None or record.deleting or record.trashed_s:
             raise NotFound(f"volume {volume_id} was deleted", correction="see 'blockvirt trash list'")
         return record
+
+    def _awaits_guests(self, volume: VolumeRecord) -> bool:
+        with self._engine.store.read() as reader:
+            return branch_record(reader, volume.branch).awaits_guests
 
     async def close(self) -> None:
         """Wait for what is under way."""

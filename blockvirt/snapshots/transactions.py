@@ -15,7 +15,7 @@ from blockvirt.meta.keys import (
     snapshot_name_key,
     snapshot_point_key,
 )
-from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
+from blockvirt.meta.records import REVERTED, BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.volumes.commit import MapChange
 from blockvirt.volumes.deletion import remove_snapshot
@@ -177,15 +177,17 @@ class Reverted:
     safety: SnapshotRecord | None
     job_id: str | None
     """Of the reclaim of what the old head alone had; None where the safety snapshot keeps it."""
+    needs_reopen: bool
+    """NBD refuses the volume until then."""
 
 
 def revert(
-    writer: Writer, before: VolumeRecord, target: SnapshotRecord, safety: Safety | None, now_s: float, stopped: str
+    writer: Writer, before: VolumeRecord, target: SnapshotRecord, safety: Safety | None, now_s: float, dropped: int
 ) -> Reverted:
     """Move a closed volume's head to a new branch that comes from ``target``; younger snapshots stay where they are.
 
-    With ``safety`` the old head becomes a snapshot. ``stopped`` says why NBD must refuse the volume
-    until it is reopened (empty: it need not). Raises NotFound, Exists, LimitReached, InUse (the volume changed).
+    With ``safety`` the old head becomes a snapshot. NBD must refuse the volume until it is reopened where ``dropped``
+    sessions had it open, and where it had to before. Raises NotFound, Exists, LimitReached, InUse (the volume changed).
     """
     volume = writer.record(VolumeRecord, Table.VOLUMES, before.id.encode())
     if volume is None or volume.branch != before.branch or volume.trashed_s or volume.deleting:
@@ -214,6 +216,7 @@ def revert(
         )
         put_new(writer, kept)
     head = new_branch(writer, volume.id, target)
+    stopped = _stopped(target, dropped, old)
     if stopped:
         writer.put_record(Table.BRANCHES, number_key(head.number), replace(head, stopped=stopped))
     writer.put_record(Table.BRANCHES, number_key(old.number), replace(old, head_epoch=0, stopped=""))
@@ -221,7 +224,16 @@ def revert(
     writer.put_record(Table.VOLUMES, volume.id.encode(), changed)
     subject = f"{volume.name} before its revert to {target.name}"
     job_id = queue_reclaim(writer, old.number, old.head_epoch, subject=subject, volume_id=volume.id)
-    return Reverted(changed, kept, job_id)
+    return Reverted(changed, kept, job_id, bool(stopped))
+
+
+def _stopped(target: SnapshotRecord, dropped: int, old: BranchRecord) -> str:
+    """Return why NBD must refuse a reverted volume; empty: it need not."""
+    if dropped:
+        return f"{REVERTED}{target.name} under {dropped} sessions"
+    if old.awaits_guests:
+        return f"{REVERTED}{target.name}, and under its sessions to another one before"
+    return ""
 
 
 def _free_name(reader: Reader, volume_id: str, name: str) -> str:

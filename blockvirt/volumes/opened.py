@@ -75,11 +75,22 @@ class OpenVolume:
         await self.volume.inflight.drained()
 
 
-def opening(context: VolumeContext, record: VolumeRecord) -> OpenVolume:
-    """Open a volume; raises VolumeStopped where it waits for ``volume reopen``, DamagedRecord."""
+def opening(context: VolumeContext, record: VolumeRecord, *, reverted: bool = False) -> OpenVolume:
+    """Open a volume; raises VolumeStopped where it waits for ``volume reopen``, DamagedRecord.
+
+    With ``reverted`` also where it waits only because it was reverted under its guests.
+    """
     with context.store.read() as reader:
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(record.branch))
     assert branch is not None, "a volume and its branch are made in one transaction"
-    if branch.stopped:
-        raise stopped_error(record.name, branch.stopped)
+    check_stopped(record, branch, reverted=reverted)
     return OpenVolume(context, record, branch)
+
+
+def check_stopped(record: VolumeRecord, branch: BranchRecord, *, reverted: bool = False) -> None:
+    """Return unless a volume waits for ``volume reopen``, with ``reverted`` for a failure's sake; raises VolumeStopped.
+
+    After a revert under its guests nobody has written to it: there is nothing to recover.
+    """
+    if branch.stopped and not (reverted and branch.awaits_guests):
+        raise stopped_error(record.name, branch.stopped)

@@ -16,7 +16,8 @@ from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.imports import check_not_importing
 from blockvirt.volumes.leftovers import Leftovers
-from blockvirt.volumes.opened import OpenVolume, opening
+from blockvirt.volumes.opened import OpenVolume, check_stopped, opening
+from blockvirt.volumes.versions import branch_record
 
 log = logging.getLogger("blockvirt.volumes")
 
@@ -75,28 +76,42 @@ class VolumeRegistry:
             self._volume_of[session_id] = volume_id
             return handle
 
-    async def _opened(self, slot: _Slot, volume_id: str, *, importing: bool = False) -> OpenVolume:
+    async def _opened(
+        self, slot: _Slot, volume_id: str, *, importing: bool = False, reverted: bool = False
+    ) -> OpenVolume:
         """Return the open volume, opened now if it was not. Under the slot's lock."""
         if self._closing:
             raise ShuttingDown("the daemon is stopping", correction="connect again when it has started")
         record = self._record(volume_id, importing=importing)
         if slot.opened is None:
-            await self._leftovers.settle(record)
+            await self._settle(record, reverted=reverted)
             record = self._record(volume_id, importing=importing)  # it may have grown, or have been deleted, meanwhile
-            slot.opened = opening(self._context, record)
+            slot.opened = opening(self._context, record, reverted=reverted)
+        else:  # by somebody who may work on a volume that guests may not have
+            check_stopped(record, slot.opened.volume.branch_record, reverted=reverted)
         return slot.opened
 
+    async def _settle(self, record: VolumeRecord, *, reverted: bool) -> None:
+        """Recover what a dead daemon left; with ``reverted`` also where guests must stay away from the volume."""
+        with self._context.store.read() as reader:
+            branch = branch_record(reader, record.branch)
+        if not (reverted and branch.awaits_guests):
+            await self._leftovers.settle(record)
+
     @asynccontextmanager
-    async def pinned(self, volume_id: str, *, importing: bool = False) -> AsyncIterator[OpenVolume]:
+    async def pinned(
+        self, volume_id: str, *, importing: bool = False, reverted: bool = False
+    ) -> AsyncIterator[OpenVolume]:
         """Have a volume open without a session: for a snapshot, for background work. Not for long: others wait.
 
         Raises as ``open``. Who may be cancelled inside must shield what is not to be left half done. ``importing`` is
-        for the import that the volume is marked for: it keeps all others out, and may take long.
+        for the import that the volume is marked for: it keeps all others out, and may take long. ``reverted`` is for
+        who changes nothing that a guest sees: after a revert under its guests too, while sessions are refused.
         """
         self._record(volume_id, importing=importing)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
-            opened = await self._opened(slot, volume_id, importing=importing)
+            opened = await self._opened(slot, volume_id, importing=importing, reverted=reverted)
             slot.pin()
         try:
             yield opened
@@ -161,8 +176,10 @@ class VolumeRegistry:
         """See OpenVolumes."""
         slot = self._slots.get(volume_id)
         live = None if slot is None else slot.opened or slot.closing
-        failure = live.volume.failure if live is not None else None
-        return failure.cause if isinstance(failure, VolumeStopped) else ""
+        if live is None:
+            return ""
+        failure = live.volume.failure
+        return failure.cause if isinstance(failure, VolumeStopped) else live.volume.branch_record.stopped
 
     async def resize(self, volume_id: str, size_bytes: int) -> None:
         """See OpenVolumes."""
@@ -194,13 +211,14 @@ class VolumeRegistry:
 
     @asynccontextmanager
     async def set_aside(
-        self, volume_id: str, *, refuse_sessions: bool = False, importing: bool = False
+        self, volume_id: str, *, refuse_sessions: bool = False, importing: bool = False, reverted: bool = False
     ) -> AsyncIterator[int]:
         """Drop a volume's sessions, close it with a checkpoint, and keep it closed as long as the context is held.
 
         Gives the number of sessions that were dropped; with ``refuse_sessions`` raises InUse instead. What was left by
-        a dead daemon is recovered first. Raises VolumeStopped where the volume has stopped, DeviceFault, DamagedRecord,
-        and InUse while a stream is imported into it, unless ``importing``: for the one that takes it back.
+        a dead daemon is recovered first. Raises VolumeStopped where the volume has stopped (with ``reverted`` not where
+        that was a revert under its guests), DeviceFault, DamagedRecord, and InUse while a stream is imported into it,
+        unless ``importing``: for the one that takes it back.
         """
         slot = self._slots.setdefault(volume_id, _Slot())
         if not refuse_sessions:
@@ -221,7 +239,7 @@ class VolumeRegistry:
                 await opened.close()
                 opened.volume.check()
             else:
-                await self._leftovers.settle(self._stored(volume_id))
+                await self._settle(self._stored(volume_id), reverted=reverted)
             yield dropped
 
     def _stored(self, volume_id: str) -> VolumeRecord:
@@ -234,7 +252,7 @@ class VolumeRegistry:
     async def retire(self, volume_id: str) -> None:
         """See OpenVolumes."""
         try:
-            async with self.set_aside(volume_id):
+            async with self.set_aside(volume_id, reverted=True):
                 pass
         except BlockvirtError as error:  # it is in the trash all the same; whoever restores it meets this again
             log.error("%s: %s", error.message, error.cause)
@@ -262,12 +280,12 @@ class VolumeRegistry:
             record = self._record(volume_id, importing=True)
             opened = slot.opened
             if opened is not None:
-                if opened.volume.failure is None:
+                if opened.volume.failure is None and not opened.volume.branch_record.stopped:
                     raise InUse(f"volume {record.name} has not stopped", correction="nothing is to be done")
                 slot.opened = None
                 for handle in list(slot.handles):
                     handle.lose()
-                await opened.abandon(keep_journal=True)
+                await (opened.abandon(keep_journal=True) if opened.volume.failure is not None else opened.close())
             await self._leftovers.settle(record, reopen=True)
 
     def forget(self, volume_id: str) -> None:

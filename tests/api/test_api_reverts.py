@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from blockvirt.errors import VolumeStopped
 from blockvirt.units import KIB, MIB
 from tests.api.conftest import PoolApi
+from tests.volumes.conftest import until
 
 CHUNK = 4 * KIB
 
@@ -69,6 +71,68 @@ async def test_while_attached(v: PoolApi) -> None:
     reopened = await v.ok("POST", "/v1/volumes/v/reopen")
     assert reopened["state"] == "available"
     assert await v.read("v", 0, CHUNK) == b"a" * CHUNK
+
+
+async def test_once_more_before_it_is_reopened(v: PoolApi) -> None:
+    """The wrong snapshot was chosen: the right one comes in its place, and NBD is refused all the while."""
+    await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": "t"})
+    await v.open("v")
+    await v.ok("POST", "/v1/snapshots/v@s/revert", {"force": True})
+    with pytest.raises(VolumeStopped):
+        await v.open("v")
+    assert (await v.ok("POST", "/v1/snapshots/v@t/revert", {"dry_run": True}))["needs_reopen"]
+    done = await v.ok("POST", "/v1/snapshots/v@t/revert", {"safety_name": "wrong"})
+    assert (done["needs_reopen"], done["volume"]["state"]) == (True, "stopped")
+    assert "reverted to snapshot t" in done["volume"]["damage"]
+    with pytest.raises(VolumeStopped, match="stopped"):
+        await v.open("v")
+    assert (await v.ok("POST", "/v1/volumes/v/reopen"))["state"] == "available"
+    assert await v.read("v", 0, CHUNK) == b"b" * CHUNK
+    await v.ok("POST", "/v1/snapshots/v@wrong/revert", {"safety": False})
+    assert await v.read("v", 0, CHUNK) == b"a" * CHUNK
+
+
+async def test_a_snapshot_before_it_is_reopened(v: PoolApi) -> None:
+    await v.open("v")
+    await v.ok("POST", "/v1/snapshots/v@s/revert", {"force": True, "safety_name": "old"})
+    registry, volume_id = v.pool.engine.registry, v.services.catalogue.get("v").id
+    async with registry.pinned(volume_id, reverted=True):  # as while the snapshot is taken
+        assert (await v.ok("GET", "/v1/volumes/v"))["state"] == "stopped"
+        with pytest.raises(VolumeStopped):
+            await v.open("v")
+        with pytest.raises(VolumeStopped):
+            async with registry.pinned(volume_id):
+                pass
+    await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": "t"})
+    with pytest.raises(VolumeStopped):
+        await v.open("v")
+    assert await names(v) == ["s", "old", "t"]
+    await v.ok("POST", "/v1/snapshots/v@t/clone", {"name": "c"})
+    assert await v.read("c", 0, CHUNK) == b"a" * CHUNK
+    assert (await v.ok("POST", "/v1/volumes/v/reopen"))["state"] == "available"
+    await v.write("v", 0, b"d" * CHUNK)
+    await v.ok("POST", "/v1/snapshots/v@t/revert", {"safety": False})
+    assert await v.read("v", 0, CHUNK) == b"a" * CHUNK
+
+
+async def test_a_reopen_that_comes_while_a_snapshot_is_taken(v: PoolApi) -> None:
+    await v.open("v")
+    await v.ok("POST", "/v1/snapshots/v@s/revert", {"force": True})
+    async with v.pool.engine.registry.pinned(v.services.catalogue.get("v").id, reverted=True):
+        reopening = asyncio.create_task(v.ok("POST", "/v1/volumes/v/reopen"))
+        await until(lambda: v.pool.engine.registry._slots[v.services.catalogue.get("v").id].lock.locked())
+    assert (await reopening)["state"] == "available"
+    assert await v.read("v", 0, CHUNK) == b"a" * CHUNK
+
+
+async def test_what_stopped_for_a_failure_is_not_reverted(v: PoolApi) -> None:
+    handle = await v.open("v")
+    v.pool.engine.registry.opened()[0].volume.stop("a sync failed", OSError("no"))
+    await handle.close()
+    for path, body in (("/v1/snapshots/v@s/revert", {"force": True}), ("/v1/snapshots", {"volume": "v"})):
+        assert await v.refused("POST", path, body) == (503, "volume-stopped")
+    await v.ok("POST", "/v1/volumes/v/reopen")
+    await v.ok("POST", "/v1/snapshots/v@s/revert")
 
 
 @pytest.mark.parametrize("name", ["a@b", "a/b", "\0", "x" * 300])
