@@ -14,8 +14,9 @@ NEW = "new"
 def check_not_importing(volume: VolumeRecord) -> None:
     """Return if no snapshot stream is being imported into a volume; raises InUse."""
     if volume.importing:
+        goes_on = "" if volume.importing == NEW else f", which goes on from snapshot {volume.importing}"
         raise InUse(
-            f"a snapshot stream is being imported into volume {volume.name!r}",
+            f"a snapshot stream is being imported into volume {volume.name!r}{goes_on}",
             cause="until the stream is whole the volume holds a part of it",
             correction="wait for the import, or end it: then the volume is as it was before; where none is at work any "
             "more the daemon's log says what keeps it from being taken back",

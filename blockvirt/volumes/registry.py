@@ -272,10 +272,15 @@ class VolumeRegistry:
         return [slot.opened for slot in self._slots.values() if slot.opened is not None]
 
     async def reopen(self, volume_id: str) -> None:
-        """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first."""
+        """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first.
+
+        Raises InUse while an import is at work on it, and where it has not stopped.
+        """
         self._record(volume_id, importing=True)
         slot = self._slots.setdefault(volume_id, _Slot())
         async with slot.lock:
+            if slot.pins:  # those of an import last as long as its stream; one that has ended left its mark only
+                self._record(volume_id)
             await slot.unpinned.wait()
             record = self._record(volume_id, importing=True)
             opened = slot.opened

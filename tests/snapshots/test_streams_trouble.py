@@ -322,3 +322,27 @@ async def test_an_import_holds_little_of_what_a_piece_stands_for(
     await receiver.pool.take_in("web", stream)
     assert sum(held) == 64 * MIB
     assert max(held) <= 2 * STREAM_MAX_DATA_BYTES
+
+
+async def test_a_reopen_does_not_wait_for_an_import(receiver: Receiver, here: StreamPool) -> None:
+    sent, pool = await chain(here), receiver.pool
+    await pool.take_in("web", sent.first)
+    going, begun = asyncio.Event(), asyncio.Event()
+
+    async def held() -> AsyncIterator[bytes]:
+        yield sent.second[:-1]
+        begun.set()
+        await going.wait()
+        yield sent.second[-1:]
+
+    importing = asyncio.create_task(pool.imports.run("web", held()))
+    await begun.wait()
+    await until(lambda: bool(pool.engine.registry.opened()))
+    base = pool.snapshots.find("web@s0")
+    reopening = asyncio.create_task(pool.catalogue.reopen("web"))
+    await until(lambda: reopening.done())
+    with pytest.raises(InUse, match=f"imported into volume 'web', which goes on from snapshot {base.id}") as caught:
+        await reopening
+    assert "wait for the import" in caught.value.correction
+    going.set()
+    assert names(await importing) == ["s1"]
