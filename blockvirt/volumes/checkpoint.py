@@ -80,7 +80,10 @@ class Checkpointer:
         volume = self.volume
         volume.check()
         journal = volume.journal
-        return bool(volume.map.dirty or volume.freed or (journal is not None and journal.needs_mark()))
+        # The files too: a write that failed has taken addresses and changed nothing else (I2).
+        return bool(
+            volume.map.dirty or volume.freed or _file_changes(volume) or (journal is not None and journal.needs_mark())
+        )
 
 
 async def checkpoint(parts: Sequence[Checkpointer]) -> None:
@@ -177,13 +180,7 @@ def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
     if volume.age_timer is not None:
         volume.age_timer.cancel()
         volume.age_timer = None
-    journal, records = volume.journal, volume.files.records
-    files = [
-        FileChange(file.number, file.used_chunks, file.sealed, file.live_change)
-        for file in volume.files.own()
-        if file.live_change
-        or (file.used_chunks, file.sealed) != (records[file.number].used_chunks, records[file.number].sealed)
-    ]
+    journal, files = volume.journal, _file_changes(volume)
     changed = bool(volume.map.dirty or volume.freed or volume.dropped or files)
     if not changed and not step:
         return None
@@ -211,6 +208,17 @@ def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
     if journal is not None and switched:
         journal.switch()
     return Frozen(volume, change, switched)
+
+
+def _file_changes(volume: Volume) -> list[FileChange]:
+    """Return the marks of a volume's files that differ from what the store has."""
+    records = volume.files.records
+    return [
+        FileChange(file.number, file.used_chunks, file.sealed, file.live_change)
+        for file in volume.files.own()
+        if file.live_change
+        or (file.used_chunks, file.sealed) != (records[file.number].used_chunks, records[file.number].sealed)
+    ]
 
 
 def _committed(frozen: Frozen, written: Written) -> None:
