@@ -17,14 +17,12 @@ from blockvirt.pool.backing import BackingFile
 from blockvirt.units import MIB
 from blockvirt.volumes import job_queues, leftovers, punch, reclaim
 from blockvirt.volumes.catalogue import Catalogue
-from blockvirt.volumes.checkpoint import Checkpointer
 from blockvirt.volumes.leftovers import Leftovers
 from blockvirt.volumes.punch import Puncher
 from blockvirt.volumes.requests import VolumeChange
 from tests.volumes.conftest import Pool, abandon, findings, read, until, write
 
-CHUNK = 4096
-SIZE = 64 * CHUNK
+SIZE = 64 * 4096
 
 
 def catalogue_of(pool: Pool) -> Catalogue:
@@ -358,49 +356,3 @@ async def test_a_mistake_of_ours_does_not_end_the_puncher(pool: Pool, monkeypatc
     await handle.zero(SIZE // 2, SIZE // 2, punch=True)
     await handle.close()
     await asyncio.wait_for(until(lambda: pool.engine.storage.status().used_bytes == 0), 10)
-
-
-async def test_what_a_failed_write_took_is_not_handed_out_again_after_a_close(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The write failed behind the freeze of the checkpoint that the close joins (I2, I8)."""
-    volume_id = await pool.volume(SIZE)
-    handle = await pool.open(volume_id)
-    await write(handle, 0, b"a" * CHUNK)
-    (opened,) = pool.engine.registry.opened()
-    frozen, going, joined = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    commit, run = pool.engine.store.commit, Checkpointer.run
-
-    async def held_commit(change):  # type: ignore[no-untyped-def]
-        frozen.set()
-        await going.wait()
-        return await commit(change)
-
-    def noted_run(self: Checkpointer):  # type: ignore[no-untyped-def]
-        joined.set()
-        return run(self)
-
-    def failing_write(self: BackingFile, data: memoryview, position: int) -> None:
-        os.pwrite(self.fd, data, position)
-        self.unsynced_bytes += len(data)
-        raise OSError(errno.EIO, "the disk took a part of it")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pool.engine.store, "commit", held_commit)
-        checkpoint = asyncio.create_task(opened.checkpointer.run())
-        await frozen.wait()
-        with patched.context() as broken:
-            broken.setattr(BackingFile, "write", failing_write)
-            with pytest.raises(OSError, match="took a part"):
-                await write(handle, CHUNK, b"secret" * 600)
-        patched.setattr(Checkpointer, "run", noted_run)
-        closing = asyncio.create_task(handle.close())
-        await joined.wait()
-        going.set()
-        await closing
-        await checkpoint
-    handle = await pool.open(volume_id)
-    await write(handle, 2 * CHUNK, b"b")
-    assert await read(handle, 2 * CHUNK, CHUNK) == b"b" + bytes(CHUNK - 1)
-    await handle.close()
-    assert not findings(pool)

@@ -1,0 +1,60 @@
+"""Writes that failed: what they have left behind shows nowhere."""
+
+import asyncio
+import errno
+import os
+
+import pytest
+
+from blockvirt.pool.backing import BackingFile
+from blockvirt.volumes.checkpoint import Checkpointer
+from tests.volumes.conftest import Pool, findings, read, write
+
+CHUNK = 4096
+SIZE = 64 * CHUNK
+
+
+async def test_what_a_failed_write_took_is_not_handed_out_again_after_a_close(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write failed behind the freeze of the checkpoint that the close joins (I2, I8)."""
+    volume_id = await pool.volume(SIZE)
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"a" * CHUNK)
+    (opened,) = pool.engine.registry.opened()
+    frozen, going, joined = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    commit, run = pool.engine.store.commit, Checkpointer.run
+
+    async def held_commit(change):  # type: ignore[no-untyped-def]
+        frozen.set()
+        await going.wait()
+        return await commit(change)
+
+    def noted_run(self: Checkpointer):  # type: ignore[no-untyped-def]
+        joined.set()
+        return run(self)
+
+    def failing_write(self: BackingFile, data: memoryview, position: int) -> None:
+        os.pwrite(self.fd, data, position)
+        self.unsynced_bytes += len(data)
+        raise OSError(errno.EIO, "the disk took a part of it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool.engine.store, "commit", held_commit)
+        checkpoint = asyncio.create_task(opened.checkpointer.run())
+        await frozen.wait()
+        with patched.context() as broken:
+            broken.setattr(BackingFile, "write", failing_write)
+            with pytest.raises(OSError, match="took a part"):
+                await write(handle, CHUNK, b"secret" * 600)
+        patched.setattr(Checkpointer, "run", noted_run)
+        closing = asyncio.create_task(handle.close())
+        await joined.wait()
+        going.set()
+        await closing
+        await checkpoint
+    handle = await pool.open(volume_id)
+    await write(handle, 2 * CHUNK, b"b")
+    assert await read(handle, 2 * CHUNK, CHUNK) == b"b" + bytes(CHUNK - 1)
+    await handle.close()
+    assert not findings(pool)
