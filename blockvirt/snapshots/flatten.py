@@ -109,13 +109,11 @@ class Flattening:
 
     async def work(self, job: Running) -> None:
         """Do a flatten job; ``position`` is the leaf to go on with. Raises PoolFull, InUse, DeviceFault and others."""
-        number = job.record.branch
-        leaves = await self._engine.context.threads.run(lambda: self._leaves(number))
+        leaves, inherited_chunks = await self._engine.context.threads.run(lambda: self._begin(job.record))
         leaf_bytes = LEAF_CHUNKS << self._engine.context.chunk_shift
         left = [leaf for leaf in leaves if leaf >= job.record.position]
         await job.advance((len(leaves) - len(left)) * leaf_bytes, len(leaves) * leaf_bytes, job.record.position)
-        with self._store.read() as reader:
-            inherited_bytes = branch_record(reader, number).inherited_chunks << self._engine.context.chunk_shift
+        inherited_bytes = inherited_chunks << self._engine.context.chunk_shift
         while left:
             job.checkpoint()
             check_background(self._engine.storage.status(), inherited_bytes, f"the flatten of {job.record.subject}")
@@ -159,12 +157,18 @@ class Flattening:
             self._engine.sealing.set()
             await self._look_up_anew(number)
 
-    def _leaves(self, branch: int) -> list[int]:
-        """Return the leaves that the branch or an origin of it has, in order. Blocks."""
+    def _begin(self, job: JobRecord) -> tuple[list[int], int]:
+        """Return the leaves that the job's branch or an origin of it has, in order, and how many chunks are foreign.
+
+        Raises InUse where the volume was reverted since the job was queued: the branch may be gone. Blocks.
+        """
         with self._store.read() as reader:
-            record = branch_record(reader, branch)
+            record = _head(reader, job.volume_id)
+            if record.number != job.branch:
+                raise _reverted(job.subject)
             chain = lineage(reader, record, record.head_epoch)
-            return sorted({leaf for number, _ in chain for leaf, _ in leaf_births(reader, number)})
+            leaves = sorted({leaf for number, _ in chain for leaf, _ in leaf_births(reader, number)})
+            return leaves, record.inherited_chunks
 
     async def _look_up_anew(self, branch: int) -> None:
         """Have all that is open and comes from the branch forget the replaced addresses, and close their files."""
@@ -303,9 +307,15 @@ def _head(reader: Reader, volume_id: str) -> BranchRecord:
 
 def _check_branch(opened: OpenVolume, number: int) -> None:
     if opened.volume.map.branch != number:
-        raise InUse(
-            f"volume {opened.volume.record.name} was reverted meanwhile", correction="flatten what it holds now"
-        )
+        raise _reverted(opened.volume.record.name)
+
+
+def _reverted(name: str) -> InUse:
+    return InUse(
+        f"volume {name} was reverted meanwhile",
+        cause="this job is about what it held before",
+        correction=f"flatten what it holds now ('blockvirt clone flatten {name}')",
+    )
 
 
 def _stored_versions(reader: Reader, branch: BranchRecord, leaf: int) -> "Iterator[tuple[int, array[int]]]":
