@@ -189,6 +189,7 @@ def schedule(view: Schedule) -> schedule_models.Schedule:
         volumes=[schedule_models.ScheduledVolume(id=volume_id, name=name) for volume_id, name in view.volumes],
         keep=view.keep,
         state=view.state,
+        problem=view.problem or None,
         next_run_at=None if view.next_run_s is None else timestamp(view.next_run_s),
         last_run_at=None if view.last_run_s is None else timestamp(view.last_run_s),
         last_error=view.last_error or None,

@@ -67,8 +67,9 @@ class Schedule(Answer):
     labels: Labels
     volumes: list[ScheduledVolume] = Field(description="Those that it is for now.")
     keep: dict[str, int]
-    state: Literal["active", "running", "paused"]
-    next_run_at: datetime | None = Field(None, description="Missing: it is paused.")
+    state: Literal["active", "running", "paused", "volume-gone"]
+    problem: str | None = Field(None, description="Why it takes no snapshots, and what to do.")
+    next_run_at: datetime | None = Field(None, description="Missing: it is paused, or its volume is gone.")
     last_run_at: datetime | None = Field(None, description="Whatever came of it; missing: never.")
     last_error: str | None = Field(None, description="What went wrong in the last run.")
     missed_runs: int = Field(description="Runs that took no snapshots, or not in time, since it was created.")

@@ -20,6 +20,7 @@ LIST = (
     Column("LAST RUN", "last_run_at", "time"),
     Column("MISSED", "missed_runs", "number"),
     Column("LAST ERROR", "last_error"),
+    Column("PROBLEM", "problem"),
 )
 SHOW = (
     *LIST[:3],

@@ -64,6 +64,19 @@ def volumes_of(store: Store, snapshots: SnapshotPort, record: ScheduleRecord) ->
     return [(record.volume_id, volume.name if volume is not None else record.volume_id)]
 
 
+def absence(store: Store, record: ScheduleRecord) -> str:
+    """Say why the one volume of a schedule cannot be snapshotted for now, or ever again; empty: it is there."""
+    if not record.volume_id:
+        return ""
+    with store.read() as reader:
+        volume = reader.record(VolumeRecord, Table.VOLUMES, record.volume_id.encode())
+    if volume is None or volume.deleting:
+        return f"its volume {record.volume_id} is gone: 'blockvirt schedule delete {record.name}' ends it"
+    if volume.trashed_s:
+        return f"its volume {volume.name} is in the trash: 'blockvirt trash restore {volume.id}' lets it go on"
+    return ""
+
+
 def decide(snapshots: SnapshotPort, record: ScheduleRecord, volume_id: str, now_s: float) -> tuple[Decision, ...]:
     """Return what retention makes of a volume's snapshots, by the rules of a schedule."""
     found = snapshots.of_volume(volume_id)
@@ -183,6 +196,8 @@ class ScheduleWorker:
         owed = runs_between(record.cron, due_after_s(record, now_s), now_s, MAX_MISSED_RUNS)
         if not owed:
             return True
+        if await self._is_without_volume(record, owed[-1]):
+            return True
         is_late = now_s - owed[-1] > SCHEDULE_LATE_S
         missed = len(owed) if is_late else len(owed) - 1
         if missed:
@@ -217,6 +232,22 @@ class ScheduleWorker:
             log.error("a run of schedule %s could not be noted: %s", record.name, failure)
             self._due_s[schedule_id] = next_run_s(record.cron, ended_s)
             return False
+        return True
+
+    async def _is_without_volume(self, record: ScheduleRecord, due_s: float) -> bool:
+        """Tell whether there is nothing to snapshot; then what was due by ``due_s`` is owed no more, and not missed."""
+        try:
+            why = absence(self._store, record)
+        except DamagedRecord:  # said by the run that fails of it
+            return False
+        if not why:
+            return False
+        log.info("schedule %s does not run: %s", record.name, why)
+
+        def note(current: ScheduleRecord) -> ScheduleRecord:
+            return replace(current, due_after_s=max(due_after_s(current, self._clock()), due_s))
+
+        await self._store.commit(partial(_note, record.id, note))
         return True
 
     async def _take(self, record: ScheduleRecord, volume_ids: Sequence[str], time_s: float) -> None:

@@ -24,6 +24,7 @@ from blockvirt.snapshots.schedule_worker import (
     READ_BATCH,
     ScheduleWorker,
     Wait,
+    absence,
     decide,
     due_after_s,
     volumes_of,
@@ -77,9 +78,11 @@ class Schedule:
     labels: dict[str, str]
     keep: dict[str, int]
     state: str
-    """'active', 'running' (a run is under way) or 'paused'."""
+    """'active', 'running' (a run is under way), 'paused', or 'volume-gone' (its one volume was deleted)."""
+    problem: str
+    """Why it takes no snapshots, and what to do; empty: nothing is wrong with it."""
     next_run_s: float | None
-    """None: it is paused."""
+    """None: it is paused, or its volume is gone."""
     last_run_s: float | None
     """When it last ran, whatever came of it; None: never."""
     last_error: str
@@ -154,7 +157,8 @@ class Schedules:
             await asyncio.sleep(0)
 
     def _view(self, record: ScheduleRecord) -> Schedule:
-        is_running = self._worker.is_running(record.id)
+        problem = absence(self._store, record)
+        state = "paused" if record.paused else "volume-gone" if problem else "active"
         return Schedule(
             id=record.id,
             name=record.name,
@@ -165,8 +169,9 @@ class Schedules:
             volume_id=record.volume_id,
             labels=dict(record.labels),
             keep=check_keep(record.keep),
-            state="running" if is_running else "paused" if record.paused else "active",
-            next_run_s=None if record.paused else next_run_s(record.cron, due_after_s(record, self._clock())),
+            state="running" if self._worker.is_running(record.id) else state,
+            problem=problem,
+            next_run_s=None if state != "active" else next_run_s(record.cron, due_after_s(record, self._clock())),
             last_run_s=record.last_run_s or None,
             last_error=record.last_error,
             missed_runs=record.missed_runs,
@@ -266,8 +271,8 @@ class Schedules:
     def preview(self, name_or_id: str, change: ScheduleChange | None = None, *, runs: int = 5) -> Preview:
         """Return what a schedule would do, with ``change`` if one is given; changes nothing.
 
-        ``runs`` is how many next runs are told (0 to ``limits.MAX_PREVIEW_RUNS``); a paused schedule has none.
-        Raises NotFound, InvalidRequest, DamagedRecord.
+        ``runs`` is how many next runs are told (0 to ``limits.MAX_PREVIEW_RUNS``); a paused schedule has none, nor
+        one whose volume is gone. Raises NotFound, InvalidRequest, DamagedRecord.
         """
         with self._store.read() as reader:
             record = find(reader, name_or_id)
@@ -285,7 +290,8 @@ class Schedules:
         if not 0 <= runs <= MAX_PREVIEW_RUNS:
             raise InvalidRequest(f"{runs} next runs cannot be told", correction=f"ask for 0 to {MAX_PREVIEW_RUNS}")
         now_s = self._clock()
-        next_runs = () if record.paused else next_runs_s(record.cron, due_after_s(record, now_s), runs)
+        is_idle = record.paused or absence(self._store, record)
+        next_runs = () if is_idle else next_runs_s(record.cron, due_after_s(record, now_s), runs)
         decisions = tuple(
             (volume_id, name, decide(self._snapshots, record, volume_id, now_s))
             for volume_id, name in volumes_of(self._store, self._snapshots, record)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from blockvirt.errors import Exists, InUse
 from blockvirt.ids import check_name, new_id
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
-from blockvirt.meta.store import Store
+from blockvirt.meta.store import Store, Writer
 from blockvirt.snapshots.schedules import NewSchedule, Schedules
 from tests.control.ports import new_store
 
@@ -166,6 +166,19 @@ class World:
         self.store.commit_now(lambda writer: writer.put_record(Table.VOLUMES, record.id.encode(), record))
         self.store.commit_now(lambda writer: writer.put(Table.VOLUME_NAMES, name.encode(), record.id.encode()))
         return record.id
+
+    def change_volume(self, volume_id: str, **changes: object) -> None:
+        """Change a volume's record; with ``gone`` it is no more."""
+
+        def change(writer: Writer) -> None:
+            record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
+            assert record is not None
+            if "gone" in changes:
+                writer.delete(Table.VOLUMES, volume_id.encode())
+            else:
+                writer.put_record(Table.VOLUMES, volume_id.encode(), replace(record, **changes))  # type: ignore[arg-type]
+
+        self.store.commit_now(change)
 
     async def start(self) -> None:
         """Start the worker, anew after a stop, and let it do what is due."""

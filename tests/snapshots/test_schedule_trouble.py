@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import InUse, MetadataFault, PoolFull, VolumeStopped
+from blockvirt.errors import BeingDeleted, InUse, MetadataFault, NotFound, PoolFull, VolumeStopped
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import ScheduleRecord
 from blockvirt.meta.store import Writer
-from blockvirt.snapshots.schedules import NewSchedule
+from blockvirt.snapshots.schedules import NewSchedule, ScheduleChange
 from tests.snapshots.schedule_world import HOURLY, World, at, create, times
 
 
@@ -53,6 +53,47 @@ async def test_a_run_that_fails_is_noted_and_ends_nothing(world: World, trouble:
     assert times(world, web) == ["20261122t151500z"]
     seen = world.schedules.show("hourly")
     assert (seen.last_error, seen.missed_runs) == ("", 1)
+
+
+async def test_a_volume_in_the_trash_is_waited_for(world: World) -> None:
+    """Nothing is missed for want of it; when it is back, runs go on with the next one."""
+    schedule_id, web = await create(world, last=2)
+    await world.move_to("2026-11-22 14:16")
+    world.change_volume(web, trashed_s=1.0, purge_at_s=2e9)
+    world.snapshots.broken[web] = BeingDeleted("volume 'web' is in the trash")
+    await world.move_to("2026-11-22 17:20")
+    seen = world.schedules.show("hourly")
+    assert (seen.state, seen.next_run_s, seen.missed_runs, seen.last_error) == ("volume-gone", None, 0, "")
+    assert f"blockvirt trash restore {web}" in seen.problem
+    assert world.schedules.preview("hourly").next_runs_s == ()
+    assert times(world, web) == ["20261122t141500z"], "and none is pruned"
+    world.change_volume(web, trashed_s=0.0, purge_at_s=0.0)
+    world.snapshots.broken.clear()
+    seen = world.schedules.show("hourly")
+    assert (seen.state, seen.problem, seen.next_run_s) == ("active", "", at("2026-11-22 18:15"))
+    await world.move_to("2026-11-22 18:15")
+    assert times(world, web) == ["20261122t141500z", "20261122t181500z"]
+    assert world.schedules.show(schedule_id).missed_runs == 0
+
+
+@pytest.mark.parametrize("change", [{"deleting": True}, {"gone": True}])
+async def test_a_volume_that_is_gone_is_told(world: World, change: dict[str, bool]) -> None:
+    """The schedule is there to be looked at and deleted; also a start after a long time misses nothing."""
+    _, web = await create(world)
+    world.change_volume(web, **change)
+    world.snapshots.broken[web] = NotFound("there is no volume 'web'")
+    await world.move_to("2026-11-22 15:20")
+    await world.stop()
+    world.time.set_to(at("2026-11-25 15:20"))
+    await world.start()
+    seen = world.schedules.show("hourly")
+    assert (seen.state, seen.next_run_s, seen.missed_runs, seen.last_run_s) == ("volume-gone", None, 0, None)
+    assert web in seen.problem
+    assert "blockvirt schedule delete hourly" in seen.problem
+    assert [each.state for each in (await world.schedules.list()).schedules] == ["volume-gone"]
+    await world.schedules.change("hourly", ScheduleChange(paused=True))
+    assert world.schedules.show("hourly").state == "paused"
+    await world.schedules.delete("hourly")
 
 
 async def test_a_run_that_hangs_keeps_no_other_waiting(world: World) -> None:
