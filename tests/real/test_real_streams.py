@@ -1,6 +1,9 @@
 """A chain of snapshots carried from one daemon to another through pipes, by the commands that people type."""
 
+import asyncio
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -193,3 +196,111 @@ async def test_half_a_stream_leaves_nothing(daemons: tuple[Daemon, Daemon], base
 def _is_free(daemon: Daemon, base: bool) -> bool:
     """Whether the volume is what it was, and may be used again."""
     return daemon.http("GET", "/v1/volumes/copy/changes")[0] == 200 if base else not volumes(daemon)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 96 MiB."""
+    image, folder = tmp_path / "image", tmp_path / "small"
+    with image.open("wb") as file:
+        file.truncate(96 * MIB)
+    folder.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    (folder / "pool").mkdir(mode=0o700)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def take_space(folder: Path, but_bytes: int = 0) -> Path:
+    """Take all of a filesystem but so much, as another program would; returns the file that holds it."""
+    filler = folder / "filler"
+    filesystem = os.statvfs(folder)
+    with filler.open("wb", buffering=0) as file:
+        if but_bytes:
+            os.posix_fallocate(file.fileno(), 0, filesystem.f_bavail * filesystem.f_frsize - but_bytes)
+            return filler
+        with contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+    return filler
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files that hold something; what is never trimmed holds it as long as its volume lives."""
+    return {path.name for path in (folder / "files").iterdir() if path.stat().st_blocks}
+
+
+async def go_on_writing(client: NbdClient, ended: asyncio.Event) -> int:
+    """Write what is mapped already, again and again, as a guest does beside an import; returns how often."""
+    rounds = 0
+    while not ended.is_set():
+        rounds += 1
+        for at in range(4):
+            await client.write(at * MIB, bytes([rounds % 251 + 1]) * 65536)
+        await client.flush()
+    return rounds
+
+
+async def cut_off(there: Daemon, stream: bytes, disk: Path) -> tuple[int, bytes]:
+    """Import a stream, half way through which another program takes all the space; exit code and standard error."""
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with begun(there, "snapshot", "import", "copy", "-o", "json", **pipes) as receiver:
+        await asyncio.to_thread(send_half, there, receiver, stream)
+        take_space(disk)
+        _, said = await asyncio.to_thread(receiver.communicate, stream[len(stream) // 2 :], DEADLINE_S)
+        return receiver.returncode, said
+
+
+@pytest.mark.requires("root", "loop", "mkfs.ext4")
+@pytest.mark.parametrize("filled_by", ["the import", "another program"])
+@pytest.mark.parametrize("base", [False, True], ids=["new", "base"])
+async def test_a_disk_that_fills_up_during_an_import(
+    small_disk: Path, daemons: tuple[Daemon, Daemon], base: bool, filled_by: str
+) -> None:
+    here, there = daemons
+    there.cli("device", "add", str(small_disk / "pool"), "--reserve", "0")
+    there.cli("device", "remove", "disk1")
+    there.device = small_disk / "pool"
+    there.cli("volume", "create", "v", "--size", "8MiB")
+    if base:
+        here.cli("snapshot", "create", "v@base")
+        assert imported(there, "copy", exported(here, "v@base")).returncode == 0
+    async with await NbdClient.connect_unix(str(here.socket)) as source:
+        await source.go("v")
+        for at in range(0, SIZE, MIB):
+            await source.write(at, random.Random(at).randbytes(MIB))
+        await source.disconnect()
+    here.cli("snapshot", "create", "v@s")
+    stream = exported(here, "v@s", *(("--since", "v@base") if base else ()))
+    async with await NbdClient.connect_unix(str(there.socket)) as guest:
+        await guest.go("v")
+        for at in range(4):
+            await guest.write(at * MIB, bytes(65536))
+        await guest.flush()
+        before = files_of(small_disk / "pool")
+        ended = asyncio.Event()
+        writing = asyncio.create_task(go_on_writing(guest, ended))
+        if filled_by == "the import":
+            take_space(small_disk, SIZE // 2)
+            done = await asyncio.to_thread(imported, there, "copy", stream)
+            code, said = done.returncode, done.stderr
+        else:
+            code, said = await cut_off(there, stream, small_disk)
+        assert (code, json.loads(said)["code"]) == (6, "pool-full"), said
+        there.until(lambda: files_of(small_disk / "pool") == before, "its space is not given back", DEADLINE_S)
+        ended.set()
+        rounds = await writing
+        assert sorted(volumes(there)) == (["copy", "v"] if base else ["v"])
+        await guest.write(5 * MIB, b"there is room again")
+        assert await guest.read(3 * MIB, 65536) == bytes([rounds % 251 + 1]) * 65536
+        await guest.disconnect()
+    there.stop()
+    there.check()
+    there.start()
+    if base:
+        assert snapshots(there, "copy") == ["base"]
+        assert await content(there, "copy") == bytes(SIZE)
+    (small_disk / "filler").unlink()
+    assert imported(there, "copy", stream).returncode == 0
+    assert await content(there, "copy@s") == await content(here, "v@s")
