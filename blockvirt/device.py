@@ -1,7 +1,7 @@
 """The seam between protocols and volumes: what an NBD session may ask of a volume, and nothing else.
 
 The embedded engine answers the ``*_now`` verbs on the event loop, without a task, a future, a thread or a lock; a
-distributed engine answers None/False there and implements the async verbs. Offsets and lengths are bytes; callers
+distributed engine answers False there and implements the async verbs. Offsets and lengths are bytes; callers
 have checked them against ``size_bytes``.
 """
 
@@ -27,6 +27,10 @@ def context_matches(context: str, query: str) -> bool:
     QEMU, docs/interop/nbd: "qemu:" and "qemu:dirty-bitmap:" are the wildcards of its namespace.
     """
     return not query or context == query or (query.endswith(":") and context.startswith(query))
+
+
+Read = tuple[int, memoryview]
+"""An offset, and the buffer that is to be filled from there."""
 
 
 class ExtentState(IntFlag):
@@ -79,8 +83,11 @@ class VolumeHandle(Protocol):
         One journal append for a whole batch; nothing at all where no map entry changed. Raises VolumeStopped.
         """
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into`` from ``offset``."""
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
+        """Fill each buffer from its offset; return what became of each: None, or why it could not be read.
+
+        What ``read_now`` could not answer in one turn comes in one call. Raises what concerns all of it: VolumeStopped.
+        """
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """Write ``data`` at ``offset``. When it returns the write survives SIGKILL; with ``fua`` also power loss."""
@@ -106,6 +113,20 @@ class VolumeHandle(Protocol):
 
     async def close(self) -> None:
         """Let go of the volume after what is in flight. Idempotent."""
+
+
+class Readable(Protocol):
+    """What can be read."""
+
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
+        """See VolumeHandle."""
+
+
+async def read_one(what: Readable, offset: int, into: memoryview) -> None:
+    """Fill ``into`` from ``offset``; raises what hinders it."""
+    for error in await what.read([(offset, into)]):
+        if error is not None:
+            raise error
 
 
 class ExportDirectory(Protocol):

@@ -90,6 +90,7 @@ class Dispatcher:
                 if step is _Step.STOP:
                     break
                 served += step is _Step.NEXT
+        self._slow.start_reads()
         if self._out:
             self._answer()
         return served
@@ -102,22 +103,26 @@ class Dispatcher:
         size, writable, harmful = self._view.size_bytes, not self._view.read_only, ~self._harmless_read_flags
         read_now, write_now, data = self._handle.read_now, self._handle.write_now, self._replies.data
         unpack, out, wrote = REQUEST.unpack_from, self._out, self._wrote
-        reads = writes = bytes_read = bytes_written = 0
+        add_read = self._slow.add_read
+        reads = cold = writes = bytes_read = bytes_written = 0
         command = cookie = length = 0
         try:
-            while high - low >= _HEADER_BYTES and reads + writes < most:
+            while high - low >= _HEADER_BYTES and reads + writes + cold < most:
                 magic, flags, command, cookie, offset, length = unpack(view, low)
                 if magic != c.REQUEST_MAGIC or offset + length > size or not length:
                     break
                 if command == c.CMD_READ and length <= room - used and not flags & harmful:
                     into = arena[used : used + length]
-                    if not read_now(offset, into):
+                    if read_now(offset, into):
+                        out.append(data(cookie, offset, length))
+                        out.append(into)
+                        used += length
+                        reads += 1
+                    elif length <= SMALL_BYTES and add_read(cookie, offset, length):
+                        cold += 1
+                    else:
                         break
-                    out.append(data(cookie, offset, length))
-                    out.append(into)
-                    used += length
                     low += _HEADER_BYTES
-                    reads += 1
                     bytes_read += length
                 elif command == c.CMD_WRITE and not flags and writable and length <= high - low - _HEADER_BYTES:
                     start = low + _HEADER_BYTES
@@ -136,15 +141,15 @@ class Dispatcher:
         if not self._closed:
             incoming.low, outgoing.used = low, used
         traffic = self.traffic
-        if reads:
-            traffic.requests[c.CMD_READ] += reads
+        if reads or cold:
+            traffic.requests[c.CMD_READ] += reads + cold
             traffic.bytes_read += bytes_read
             self._fast_reads += reads
         if writes:
             traffic.requests[c.CMD_WRITE] += writes
             traffic.bytes_written += bytes_written
             self._fast_writes += writes
-        return reads + writes
+        return reads + writes + cold
 
     def observe(self, duration_s: float) -> None:
         """Note that the requests answered on the spot since the last call took ``duration_s``."""
@@ -202,7 +207,7 @@ class Dispatcher:
             self._slow.start_read(cookie, offset, length, outgoing.detach_arena())
             outgoing.open_arena()
             return self._started(True, _HEADER_BYTES)
-        return self._started(self._slow.start_copied_read(cookie, offset, length), _HEADER_BYTES)
+        return self._started(self._slow.add_read(cookie, offset, length), _HEADER_BYTES)
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> _Step:
         incoming, slow = self._incoming, self._slow

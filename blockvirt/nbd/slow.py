@@ -11,7 +11,7 @@ from blockvirt.errors import BlockvirtError, ShuttingDown
 from blockvirt.limits import NBD_MAX_EXTENTS_PER_REPLY
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.budget import ConnectionBudget
-from blockvirt.nbd.buffers import Buffer, BufferPool, charge_for_slow
+from blockvirt.nbd.buffers import SMALL_BYTES, Buffer, BufferPool, charge_for_slow
 from blockvirt.nbd.messages import descriptors_of, status_chunk
 from blockvirt.nbd.outgoing import Part
 from blockvirt.nbd.stats import ServerStats
@@ -21,6 +21,8 @@ from blockvirt.tasks import TaskSet
 log = logging.getLogger("blockvirt.nbd")
 
 _STATUS_BYTES = 8 * NBD_MAX_EXTENTS_PER_REPLY
+_READS_TOGETHER = 16
+"""Reads that share a hand-over to a thread: the first one's reply waits for the last one."""
 _CHANGES = frozenset({c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES})
 
 
@@ -65,31 +67,61 @@ class SlowLane:
         self._tasks = TaskSet(f"nbd {name}")
         self._changing: set[asyncio.Task[None]] = set()
         self._abandoned = False
+        self._added: list[tuple[int, int, int]] = []
+        self._added_bytes = 0
         self.count = 0
         """How many are in flight."""
 
-    def start_copied_read(self, cookie: int, offset: int, length: int) -> bool:
-        """Read into a buffer of the request's own."""
+    def add_read(self, cookie: int, offset: int, length: int) -> bool:
+        """Keep a read for the next ``start_reads``, which the caller owes within its turn."""
         if self.full or not self._budget.take(charge_for_slow(length)):
             return False
-        self.start_read(cookie, offset, length, self._pool.take_for_slow(length))
+        if self._added_bytes + length > SMALL_BYTES or len(self._added) >= _READS_TOGETHER:
+            self.start_reads()
+        self._added.append((cookie, offset, length))
+        self._added_bytes += length
         return True
+
+    def start_reads(self) -> None:
+        """Have the volume do what was added, in one piece, into one buffer."""
+        if self._added:
+            added, self._added = self._added, []
+            buffer, self._added_bytes = self._pool.take_for_slow(self._added_bytes), 0
+            self._start_reads(added, buffer)
 
     def start_read(self, cookie: int, offset: int, length: int, buffer: Buffer) -> None:
         """Read into ``buffer``, which is given back when the reply was sent."""
         assert not self.full
+        self._start_reads([(cookie, offset, length)], buffer)
 
+    def _start_reads(self, requests: Sequence[tuple[int, int, int]], buffer: Buffer) -> None:
         async def work() -> Sequence[Part]:
-            into = buffer.view[:length]
-            await self._handle.read(offset, into)
-            return self._replies.data(cookie, offset, length), into
+            reads, at = [], 0
+            for _, offset, length in requests:
+                reads.append((offset, buffer.view[at : at + length]))
+                at += length
+            try:
+                outcomes = await self._handle.read(reads)
+            except ShuttingDown:
+                raise
+            except Exception as error:
+                outcomes = [error] * len(reads)
+            parts: list[Part] = []
+            for (cookie, offset, length), (_, into), failure in zip(requests, reads, outcomes, strict=True):
+                if isinstance(failure, ShuttingDown):
+                    raise failure
+                if failure is None:
+                    parts += (self._replies.data(cookie, offset, length), into)
+                else:
+                    parts.append(self._error(c.CMD_READ, cookie, failure))
+            return parts
 
-        self._start(c.CMD_READ, cookie, work, buffer)
+        self._start(c.CMD_READ, requests[0][0], work, buffer, requests=len(requests))
 
     @property
     def full(self) -> bool:
         """Whether as many are in flight as may be."""
-        return self.count >= self._most
+        return self.count + len(self._added) >= self._most
 
     def start_copied_write(self, cookie: int, offset: int, data: memoryview, *, fua: bool) -> bool:
         """Write a copy of ``data``, which is a part of the receive buffer."""
@@ -162,10 +194,11 @@ class SlowLane:
         work: Callable[[], Awaitable[Sequence[Part]]],
         buffer: Buffer | None,
         charge: int = 0,
+        requests: int = 1,
     ) -> None:
-        self.count += 1
-        self._stats.in_flight += 1
-        task = self._tasks.start(self._run(command, cookie, work, buffer, charge), c.COMMAND_NAMES[command])
+        self.count += requests
+        self._stats.in_flight += requests
+        task = self._tasks.start(self._run(command, cookie, work, buffer, charge, requests), c.COMMAND_NAMES[command])
         if command in _CHANGES:
             self._changing.add(task)
             task.add_done_callback(self._changing.discard)
@@ -177,6 +210,7 @@ class SlowLane:
         work: Callable[[], Awaitable[Sequence[Part]]],
         buffer: Buffer | None,
         charge: int,
+        requests: int,
     ) -> None:
         began_s = perf_counter()
         try:
@@ -196,9 +230,9 @@ class SlowLane:
                 charge, buffer = charge + buffer.charge_bytes, None
             raise
         finally:
-            self.count -= 1
-            self._stats.in_flight -= 1
-            self._stats.latency[command].observe(perf_counter() - began_s)
+            self.count -= requests
+            self._stats.in_flight -= requests
+            self._stats.latency[command].observe(perf_counter() - began_s, requests)
             if buffer is not None:
                 self._pool.give(buffer)
                 charge += buffer.charge_bytes
@@ -213,11 +247,14 @@ class SlowLane:
         except ShuttingDown:
             raise
         except Exception as error:
-            if not isinstance(error, BlockvirtError | OSError):
-                log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command])
-            code, text = explain(error)
-            self._stats.error(code)
-            return (self._replies.error(cookie, code, text),)
+            return (self._error(command, cookie, error),)
+
+    def _error(self, command: int, cookie: int, error: Exception) -> bytes:
+        if not isinstance(error, BlockvirtError | OSError):
+            log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command], exc_info=error)
+        code, text = explain(error)
+        self._stats.error(code)
+        return self._replies.error(cookie, code, text)
 
     async def changes_done(self) -> None:
         """Return when the writes, trims and zeroings now in flight have ended."""
@@ -227,6 +264,9 @@ class SlowLane:
     def abandon(self) -> None:
         """Do not start what has not started."""
         self._abandoned = True
+        for _, _, length in self._added:
+            self._budget.give(charge_for_slow(length))
+        self._added, self._added_bytes = [], 0
 
     async def finish(self) -> None:
         """Return when nothing is in flight."""

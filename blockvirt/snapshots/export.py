@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from blockvirt.device import read_one
 from blockvirt.errors import DeviceFault, InvalidRequest, InvalidSize, NotFound
 from blockvirt.ids import new_id
 from blockvirt.limits import STREAM_BATCH_LEAVES, STREAM_MAX_DATA_BYTES
@@ -198,7 +199,7 @@ class SnapshotExport:
         content = bytearray(count << shift)
         entries = tuple(opened.map.readable(chunk) for chunk in range(first, first + count))
         try:
-            await opened.read(first << shift, memoryview(content))
+            await read_one(opened, first << shift, memoryview(content))
         except OSError as error:
             raise DeviceFault(
                 f"snapshot {self.header.snapshot.name!r} cannot be read at {part.offset_bytes}: {error}",

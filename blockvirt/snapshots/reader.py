@@ -8,11 +8,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
-from blockvirt.device import ALLOCATION_DEPTH, STATE_DIRTY, Capabilities, Extent, ExtentState
+from blockvirt.device import ALLOCATION_DEPTH, STATE_DIRTY, Capabilities, Extent, ExtentState, Read
 from blockvirt.errors import DeviceFault, NotSupported, ReadOnly
-from blockvirt.lun.address import CHUNK_MASK, chunk_of, file_of
+from blockvirt.lun.address import CHUNK_MASK, file_of
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
-from blockvirt.lun.plan import plan_read
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord
 from blockvirt.pool.backing import BackingFile, backing_path
@@ -21,7 +20,7 @@ from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.layers import Layers, runs
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import Inflight
-from blockvirt.volumes.volume import fill_zeros
+from blockvirt.volumes.reads import Piece, fill_zeros, pieces, read_cold
 
 
 class OpenSnapshot:
@@ -61,40 +60,22 @@ class OpenSnapshot:
                 fill_zeros(into)
                 return True
             return self.file(file_of(entry)).read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-        for file, position, part in self.parts(offset, into):
-            if file is None:
-                fill_zeros(part)
-            elif not file.read_cached(part, position):
-                return False
-        return True
+        return all(file.read_cached(part, position) for file, position, part in self._pieces(offset, into))
 
-    def parts(self, offset: int, into: memoryview) -> list[tuple[BackingFile | None, int, memoryview]]:
-        """Return where each piece of a range lies: (file, position, piece of ``into``), None for zeros."""
-        found: list[tuple[BackingFile | None, int, memoryview]] = []
-        for step in plan_read(self.map.readable, offset, len(into), self.chunk_shift):
-            part = into[step.start : step.start + step.length]
-            if step.entry:
-                position = (chunk_of(step.entry) << self.chunk_shift) + step.within
-                found.append((self.file(file_of(step.entry)), position, part))
-            else:
-                found.append((None, 0, part))
-        return found
+    def _pieces(self, offset: int, into: memoryview) -> list[Piece]:
+        return pieces(self.map.readable, self.file, self.chunk_shift, offset, into)
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into``, in a thread. Raises DeviceFault, OSError."""
-        parts = self.parts(offset, into)
-
-        def read_all() -> None:
-            for file, position, part in parts:
-                if file is None:
-                    fill_zeros(part)
-                else:
-                    file.read(part, position)
-
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
+        """Do all of ``reads``, in a thread; see VolumeHandle."""
         number = self.inflight.enter()
-        future = self.context.threads.submit(read_all)
-        future.add_done_callback(lambda _: self.inflight.leave(number))
-        await asyncio.shield(future)
+        try:
+            return await read_cold(self._pieces, reads, self._in_thread)
+        finally:
+            self.inflight.leave(number)
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        number = self.inflight.enter()
+        await self.context.threads.run_to_end(work, lambda: self.inflight.leave(number))
 
     async def close_files(self) -> None:
         """Close the descriptors when no read under way uses them; later reads open the files anew."""
@@ -171,9 +152,9 @@ class SnapshotHandle:
     def settle(self) -> None:
         """See VolumeHandle: nothing is ever staged."""
 
-    async def read(self, offset: int, into: memoryview) -> None:
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
         """See VolumeHandle."""
-        await self.opened.read(offset, into)
+        return await self.opened.read(reads)
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """See VolumeHandle; raises ReadOnly."""

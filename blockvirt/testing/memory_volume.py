@@ -16,6 +16,7 @@ from blockvirt.device import (
     ExportInfo,
     Extent,
     ExtentState,
+    Read,
     context_matches,
 )
 from blockvirt.errors import NotFound, NotSupported
@@ -199,10 +200,19 @@ class MemoryVolume:
         if (gate := self._disk.gates.get(verb)) is not None:
             await gate.pass_through()
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Copy bytes out."""
-        await self._enter("read")
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
+        """Copy bytes out; each read is a call of "read" of its own, all at once."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._read(*read)) for read in reads]
+        return [task.result() for task in tasks]
+
+    async def _read(self, offset: int, into: memoryview) -> Exception | None:
+        try:
+            await self._enter("read")
+        except Exception as error:
+            return error
         into[:] = memoryview(self._disk.data)[offset : offset + len(into)]
+        return None
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """Copy bytes in."""

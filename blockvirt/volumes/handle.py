@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from blockvirt.device import ALLOCATION_DEPTH, Capabilities, Extent
+from blockvirt.device import ALLOCATION_DEPTH, Capabilities, Extent, Read
 from blockvirt.errors import NotSupported
 from blockvirt.volumes.layers import Layers, runs
 from blockvirt.volumes.opened import OpenVolume
@@ -44,9 +44,9 @@ class Handle:
         """Id of the volume behind the export."""
         return self._opened.volume.record.id
 
-    async def read(self, offset: int, into: memoryview) -> None:
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
         """See VolumeHandle."""
-        await self._opened.slow.read(offset, into)
+        return await self._opened.slow.read(reads)
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """See VolumeHandle."""

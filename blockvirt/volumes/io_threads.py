@@ -41,6 +41,20 @@ class IoThreads:
         """Run ``work`` in a thread and return its result. Who is cancelled does not wait for its end."""
         return await self.submit(work)
 
+    async def run_to_end(self, work: Callable[[], T], at_end: Callable[[], None]) -> T:
+        """Run ``work`` in a thread and return its result. Who is cancelled waits for its end too.
+
+        ``at_end`` is called on the loop when the thread is done, whatever became of who waited.
+        """
+        future = self.submit(work)
+        future.add_done_callback(lambda _: at_end())
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait({future})
+            future.exception()  # nobody else will ask
+            raise
+
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
             work, future = item

@@ -9,19 +9,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from blockvirt.device import Extent, ExtentState
+from blockvirt.device import Extent, ExtentState, Read
 from blockvirt.errors import NotSupported
 from blockvirt.limits import COPY_BATCH_CHUNKS, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
-from blockvirt.lun.plan import Action, WriteStep, plan_read
+from blockvirt.lun.plan import Action, WriteStep
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.checkpoint import Checkpointer
 from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.flush import Flusher, sync_guarded
 from blockvirt.volumes.journal_opening import open_journal
+from blockvirt.volumes.reads import read_cold
 from blockvirt.volumes.transfer import assign
-from blockvirt.volumes.volume import Volume, fill_zeros
+from blockvirt.volumes.volume import Volume
 
 
 class SlowPath:
@@ -35,25 +36,16 @@ class SlowPath:
 
     # --- read ----------------------------------------------------------------------------------------------------
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into``, in a thread where the page cache does not hold it. Raises DeviceFault, OSError."""
+    async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:
+        """Do all of ``reads``, in a thread; see VolumeHandle."""
         volume = self._volume
         volume.check()
-        volume.stats.slow_reads += 1
-        parts: list[tuple[BackingFile, int, memoryview]] = []
-        for step in plan_read(volume.map.readable, offset, len(into), volume.chunk_shift):
-            part = into[step.start : step.start + step.length]
-            if step.entry:
-                position = (chunk_of(step.entry) << volume.chunk_shift) + step.within
-                parts.append((volume.files.get(file_of(step.entry)), position, part))
-            else:
-                fill_zeros(part)
-
-        def read_all() -> None:
-            for file, position, part in parts:
-                file.read(part, position)
-
-        await self._in_thread(read_all)
+        volume.stats.slow_reads += len(reads)
+        number = volume.inflight.enter()
+        try:
+            return await read_cold(volume.pieces, reads, self._in_thread)
+        finally:
+            volume.inflight.leave(number)
 
     async def _in_thread(self, work: Callable[[], None], *, in_place: bool = False) -> None:
         """Run ``work`` in a thread, as an operation that punches must wait for, and freezes if it is ``in_place``.
@@ -63,17 +55,15 @@ class SlowPath:
         volume = self._volume
         volume.check()
         number = volume.inflight.enter()
-        future = volume.context.threads.submit(work)
-        future.add_done_callback(lambda _: volume.inflight.leave(number))
         if in_place:
             volume.in_place.enter()
-            future.add_done_callback(lambda _: volume.in_place.leave())
-        try:
-            await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait({future})
-            future.exception()  # nobody else will ask
-            raise
+
+        def at_end() -> None:
+            volume.inflight.leave(number)
+            if in_place:
+                volume.in_place.leave()
+
+        await volume.context.threads.run_to_end(work, at_end)
 
     # --- write ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, VolumeStopped
 from blockvirt.limits import MAX_DIRTY_LEAVES
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
-from blockvirt.lun.plan import Action, WriteStep, plan_read, plan_write
+from blockvirt.lun.plan import Action, WriteStep, plan_write
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
 from blockvirt.meta.store import Writer
@@ -27,13 +27,12 @@ from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.journal_frames import CHANGE
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import Inflight, InPlace, RangeLock
+from blockvirt.volumes.reads import ZEROS, Piece, pieces
 from blockvirt.volumes.stats import VolumeStats
 from blockvirt.volumes.tail import BranchFiles, Tail
 from blockvirt.volumes.transfer import Transfer, assign
 
 log = logging.getLogger("blockvirt.volumes")
-
-_ZEROS = memoryview(bytes(1 << 20))
 
 
 class Volume:
@@ -89,7 +88,7 @@ class Volume:
         if self.failure is not None:
             raise self.failure
         if not entry:
-            into[:] = _ZEROS[:length]
+            into[:] = ZEROS[:length]
             return True
         file = self._open_files.get((entry >> 28) & FILE_MASK) or self.files.get(file_of(entry))
         return file.read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
@@ -97,15 +96,11 @@ class Volume:
     def _read_span(self, offset: int, into: memoryview) -> bool:
         if self.failure is not None:
             raise self.failure
-        for step in plan_read(self.map.readable, offset, len(into), self.chunk_shift):
-            part = into[step.start : step.start + step.length]
-            if not step.entry:
-                fill_zeros(part)
-            elif not self.files.get(file_of(step.entry)).read_cached(
-                part, (chunk_of(step.entry) << self.chunk_shift) + step.within
-            ):
-                return False
-        return True
+        return all(file.read_cached(part, position) for file, position, part in self.pieces(offset, into))
+
+    def pieces(self, offset: int, into: memoryview) -> list[Piece]:
+        """Fill with zeros what is unmapped of a range; return where the rest lies."""
+        return pieces(self.map.readable, self.files.get, self.chunk_shift, offset, into)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write into the page cache and stage map changes; False where something would block or must wait its turn.
@@ -320,11 +315,3 @@ def stopped_error(name: str, reason: str) -> VolumeStopped:
         f"'blockvirt volume reopen {name}': after a failure it comes back as after a power cut, with everything that "
         "was flushed",
     )
-
-
-def fill_zeros(part: memoryview) -> None:
-    """Zero a buffer of any size."""
-    size = len(_ZEROS)
-    for at in range(0, len(part), size):
-        piece = part[at : at + size]
-        piece[:] = _ZEROS[: len(piece)]

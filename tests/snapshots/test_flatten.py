@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.device import read_one
 from blockvirt.errors import InvalidRequest
 from blockvirt.limits import COPY_BATCH_CHUNKS, RESERVE_STEP_MIN_BYTES
 from blockvirt.lun.address import ADDRESS_MASK
@@ -77,7 +78,7 @@ class Family:
 
 async def read_snapshot(handle: SnapshotHandle) -> bytes:
     into = bytearray(SIZE)
-    await handle.read(0, memoryview(into))
+    await read_one(handle, 0, memoryview(into))
     return bytes(into)
 
 

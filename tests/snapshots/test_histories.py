@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.device import read_one
 from blockvirt.errors import InvalidRequest
 from blockvirt.meta.keys import Table
 from blockvirt.snapshots.flatten import FLATTEN
@@ -144,7 +145,7 @@ class History:
                 handle = self.pool.readers.open(self.pool.snapshots.find(f"{volume.name}@{name}"), f"r{name}")
                 try:
                     into = bytearray(SIZE)
-                    await handle.read(0, memoryview(into))
+                    await read_one(handle, 0, memoryview(into))
                     assert bytes(into) == content, f"{volume.name}@{name}"
                 finally:
                     await handle.close()

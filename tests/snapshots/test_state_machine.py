@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from blockvirt.device import read_one
 from blockvirt.errors import InvalidRequest
 from blockvirt.snapshots.changes import Point, chain_of, changes
 from blockvirt.snapshots.flatten import FLATTEN
@@ -283,7 +284,7 @@ class Volumes(RuleBasedStateMachine):
                     handle = self.pool.readers.open(self.pool.snapshots.find(f"{volume.name}@{name}"), name)
                     assert handle.size_bytes == len(state.content)
                     into = bytearray(len(state.content))
-                    await handle.read(0, memoryview(into))
+                    await read_one(handle, 0, memoryview(into))
                     await handle.close()
                     assert into == state.content, f"{volume.name}@{name}"
 

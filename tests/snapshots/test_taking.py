@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from blockvirt.device import read_one
 from blockvirt.errors import (
     Exists,
     InUse,
@@ -34,7 +35,7 @@ SIZE = 64 * CHUNK
 async def content_of(pool: SnapshotPool, name: str) -> bytes:
     handle = pool.readers.open(pool.snapshots.find(name), f"read {name}")
     into = bytearray(handle.size_bytes)
-    await handle.read(0, memoryview(into))
+    await read_one(handle, 0, memoryview(into))
     await handle.close()
     return bytes(into)
 

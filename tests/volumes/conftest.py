@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.device import read_one
 from blockvirt.meta.findings import Finding, Severity
 from blockvirt.meta.keys import Table
 from blockvirt.units import KIB, MIB
@@ -82,7 +83,7 @@ async def write(handle: Handle, offset: int, data: bytes) -> None:
 async def read(handle: Handle, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
     if not handle.read_now(offset, memoryview(buffer)):
-        await handle.read(offset, memoryview(buffer))
+        await read_one(handle, offset, memoryview(buffer))
     return bytes(buffer)
 
 
