@@ -20,9 +20,13 @@ class Connection(web.RequestHandler):
     __slots__ = ()
 
     def __init__(self, server: web.Server) -> None:
-        """Serve one client of ``server``; there is no access log."""
+        """Serve one client of ``server``; there is no access log.
+
+        Nothing is decompressed: compressed bodies are refused, and what is left of one must only be read away.
+        """
         loop = asyncio.get_running_loop()
-        super().__init__(server, loop=loop, access_log=None)  # type: ignore[arg-type]  # what AppRunner hands over too
+        # What AppRunner hands over too, but for the last.
+        super().__init__(server, loop=loop, access_log=None, auto_decompress=False)  # type: ignore[arg-type]
 
     def handle_error(
         self,

@@ -71,19 +71,24 @@ def check_media_type(request: web.Request) -> None:
         )
 
 
+def check_coding(request: web.Request, why: str) -> None:
+    """Return if the body is sent as it is (RFC 9110, 8.4); raises WrongMediaType, which says ``why``."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        raise WrongMediaType(
+            f"a body with the content coding {coding[:80]!r} is not taken",
+            cause=why,
+            correction="send it as it is, without Content-Encoding",
+        )
+
+
 async def read_body(request: web.Request) -> bytes:
     """Return the whole body.
 
     Raises WrongMediaType for a compressed one, BodyTooLarge, MalformedRequest for JSON with a key twice in an object,
     and InvalidRequest for JSON that nests too deeply and a body that is broken or takes longer than API_BODY_S.
     """
-    coding = request.headers.get("Content-Encoding", "identity")
-    if coding.lower() != "identity":
-        raise WrongMediaType(
-            f"a body with the content coding {coding[:80]!r} is not taken",
-            cause="no legal request is large enough to be worth compressing",
-            correction="send it as it is, without Content-Encoding",
-        )
+    check_coding(request, "no legal request is large enough to be worth compressing")
     try:
         async with asyncio.timeout(API_BODY_S):
             raw = await request.read()

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from blockvirt.api import answers
+from blockvirt.api.guards import check_coding
 from blockvirt.api.problems import MEDIA_TYPE, REQUEST_ID
 from blockvirt.api.services import Services
 from blockvirt.api.snapshot_models import SnapshotsImported
@@ -142,11 +143,11 @@ def _since(request: web.Request) -> str | None:
 
 def _check_type(request: web.Request) -> None:
     """Return if the body is declared as what it is: no page can have a browser send that to another site unasked."""
-    coding = request.headers.get("Content-Encoding", "identity")
-    if request.content_type != STREAM_TYPE or coding.lower() != "identity":
+    check_coding(request, "a stream is compressed within itself")
+    if request.content_type != STREAM_TYPE:
         raise WrongMediaType(
             f"a stream of type {request.headers.get('Content-Type', '(none)')[:80]!r} is not taken",
-            correction=f"send it as it was exported, with 'Content-Type: {STREAM_TYPE}' and no Content-Encoding",
+            correction=f"send it as it was exported, with 'Content-Type: {STREAM_TYPE}'",
         )
 
 

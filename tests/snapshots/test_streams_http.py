@@ -78,6 +78,27 @@ async def test_what_is_wrong_before_the_first_byte_is_a_problem(here: PoolApi) -
     assert (answer.status, answer.json["code"]) == (403, "foreign-origin")
 
 
+@pytest.mark.parametrize("path", ["/v1/volumes/copy/import", "/v1/volumes"])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "none-such"])
+async def test_a_coded_body_is_refused_without_a_look_at_it(
+    here: PoolApi, caplog: pytest.LogCaptureFixture, path: str, coding: str
+) -> None:
+    """Whether it is what it says or not: the rest of it arrives behind the answer, and is only read away."""
+    kind = STREAM_TYPE if path.endswith("import") else "application/json"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Encoding: {coding}\r\n"
+    reader, writer = await asyncio.open_unix_connection(here.services.endpoints().http_socket)
+    writer.write(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"z" * 500)
+    answer = await reader.readuntil(b"}")
+    assert b" 415 " in answer.partition(b"\r\n")[0]
+    assert b"application/problem+json" in answer
+    assert f"content coding '{coding}'".encode() in answer
+    writer.write(b"q" * 500 + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert b" 200 " in (await reader.read()).partition(b"\r\n")[0], "the connection is in order"
+    writer.close()
+    await writer.wait_closed()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_stream_that_cannot_go_on_is_cut(here: PoolApi) -> None:
     await with_snapshot(here, os.urandom(16 * MIB))
     async with here.unix.get("http://blockvirt/v1/snapshots/web@s/stream") as stream:
