@@ -9,6 +9,8 @@ from typing import Any
 
 HEAD = "(head)"
 """Stands where the volume is now; no snapshot can be called so."""
+GAP = "..."
+"""Stands for what was deleted, flattened or not listed, and several lines go on from; no snapshot can be called so."""
 
 Snapshot = Mapping[str, Any]
 
@@ -17,7 +19,7 @@ def tree_rows(volume: str, snapshots: Sequence[Snapshot], head_parent: str) -> I
     """Yield rows for a table: one for the volume, then each snapshot and the head, their ``drawn`` names with lines.
 
     ``snapshots`` are in order of creation. ``head_parent`` is the id of the snapshot that the head went on from, empty
-    for none. A snapshot whose parent is not among them begins a line of its own.
+    for none. Where several snapshots, or one and the head, have no parent among them, all of these come from a gap.
     """
     known = {each["id"] for each in snapshots}
     below: dict[str, list[Snapshot]] = {}
@@ -29,6 +31,10 @@ def tree_rows(volume: str, snapshots: Sequence[Snapshot], head_parent: str) -> I
     head: Snapshot = {"id": HEAD, "name": HEAD}
     parents[HEAD] = head_parent if head_parent in known else ""
     below.setdefault(parents[HEAD], []).append(head)
+    if len(below[""]) > 1:
+        below[GAP] = below[""]
+        below[""] = [{"id": GAP, "name": GAP}]
+        parents |= {each["id"]: GAP for each in below[GAP]} | {GAP: ""}
     main = set()
     place = HEAD
     while place:

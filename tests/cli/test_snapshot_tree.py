@@ -33,10 +33,17 @@ def test_a_line_aside_may_have_one_aside() -> None:
     assert drawn("a b<a c<b d<b", "a") == ["v", "|-- a", "|   |-- b", "|   |   `-- c", "|   `-- d", "`-- (head)"]
 
 
-def test_a_beginning_that_is_left_hangs_below_the_volume() -> None:
-    """Its first snapshot was deleted, or is filtered away: two lines begin without a parent."""
-    assert drawn("b<gone c<gone", "c") == ["v", "|   `-- b", "|-- c", "`-- (head)"]
-    assert drawn("b", "gone") == ["v", "|   `-- b", "`-- (head)"]
+def test_lines_whose_beginning_is_gone_come_from_a_gap() -> None:
+    """Their first snapshot was deleted, or is filtered away: none of them hangs under nothing."""
+    assert drawn("b<gone c<gone", "c") == ["v", "|-- ...", "|   `-- b", "|-- c", "`-- (head)"]
+    assert drawn("b", "gone") == ["v", "|-- ...", "|   `-- b", "`-- (head)"]
+    assert drawn("b<gone c<b d<gone e<lost", "d") == [
+        *("v", "|-- ...", "|   |-- b", "|   `-- c", "|   `-- e", "|-- d", "`-- (head)")
+    ]
+
+
+def test_one_line_whose_beginning_is_gone_needs_no_gap() -> None:
+    assert drawn("b<gone c<b d<b", "d") == ["v", "|-- b", "|   `-- c", "|-- d", "`-- (head)"]
 
 
 def test_rows_keep_what_is_known_of_a_snapshot() -> None:

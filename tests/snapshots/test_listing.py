@@ -90,3 +90,23 @@ async def test_a_page_goes_on_where_everything_around_its_place_went(pool: Snaps
     await pool.snapshots.delete(["v@a", "v@b", "v@c", "v@d"])
     rest = await pool.snapshots.list("v", after=page.next_after)
     assert [each.name for each in rest.snapshots] == ["e"]
+
+
+async def test_the_parent_is_the_nearest_that_is_left(pool: SnapshotPool) -> None:
+    """Through a revert to one that was deleted since, too; with nothing left, there is none."""
+    await pool.volume(SIZE, "v")
+    for name in ("a", "b", "c"):
+        await pool.snapshots.create({"v": name})
+    await pool.reverts.revert("v@b", safety=False)
+    await pool.snapshots.create({"v": "d"})
+    await pool.snapshots.delete(["v@b"])
+    assert await parents(pool) == {"a": "", "c": "a", "d": "a"}
+    await pool.snapshots.delete(["v@a"])
+    assert await parents(pool) == {"c": "", "d": ""}
+
+
+async def parents(pool: SnapshotPool) -> dict[str, str]:
+    """The names of all snapshots, each with its parent's."""
+    found = await all_pages(pool, None, 2)
+    names = {each.id: each.name for each in found} | {"": ""}
+    return {each.name: names[each.parent_id] for each in found}
