@@ -2,8 +2,8 @@
 
 Answers are kept for ``limits.IDEMPOTENCY_KEY_S``, at most ``limits.MAX_IDEMPOTENCY_KEYS`` of them; what failed is not
 kept, since it changed nothing. A volume, a clone, a snapshot or a logical unit and the answer to its create are one
-transaction. The answers about hosts, schedules and devices are kept right after: hosts and schedules are idempotent by
-name anyway, and whoever adds a device again after a crash in between is told that it is there.
+transaction. The answers about hosts, schedules and devices are kept right after: those are idempotent anyway, by their
+name or their directory, so that whoever asks again after a crash in between gets what is there.
 """
 
 import logging

@@ -1,8 +1,12 @@
 """/v1/pool, /v1/devices and /v1/size-info: the space that volumes come from."""
 
+import asyncio
+import os
+
 from blockvirt.api import answers, models
 from blockvirt.api.operations import Call, Operations, Reply
-from blockvirt.errors import InvalidRequest
+from blockvirt.errors import Exists, InvalidRequest, LimitReached
+from blockvirt.volumes.ports import DeviceStatus
 from blockvirt.volumes.requests import check_labels
 
 operations = Operations("pool")
@@ -69,12 +73,34 @@ async def list_devices(call: Call) -> Reply:
     return Reply(models.DeviceList(devices=[answers.device(device) for device in devices]))
 
 
-@operations.add("POST", "/v1/devices", {201: models.Device}, errors=(409, 503), idempotent=True)
+@operations.add("POST", "/v1/devices", {201: models.Device, 200: models.Device}, errors=(409, 503), idempotent=True)
 async def add_device(call: Call, body: models.DeviceCreate) -> Reply:
-    """Take a directory into the pool as a device: it gets a label file, and volumes may be placed on it."""
+    """Take a directory into the pool as a device: it gets a label file, and volumes may be placed on it.
+
+    The same request again answers 200 with the device that is there; another one for that directory is refused.
+    """
     check_labels(body.labels)
-    device = await call.services.devices.add(body.path, body.name, body.limit, body.reserve, body.labels)
-    return Reply(answers.device(device), 201, {"Location": f"/v1/devices/{device.name}"})
+    status = 201
+    try:
+        device = await call.services.devices.add(body.path, body.name, body.limit, body.reserve, body.labels)
+    except (Exists, LimitReached):
+        path = await asyncio.to_thread(os.path.realpath, body.path)
+        same = next((each for each in call.services.devices.list() if _is_same(each, path, body)), None)
+        if same is None:
+            raise
+        device, status = same, 200
+    return Reply(answers.device(device), status, {"Location": f"/v1/devices/{device.name}"})
+
+
+def _is_same(device: DeviceStatus, path: str, body: models.DeviceCreate) -> bool:
+    """Tell whether a device is what is wanted; a name and a reserve that are left to the daemon are as it made them."""
+    return (
+        device.path == path
+        and body.name in (None, device.name)
+        and body.limit == device.limit_bytes
+        and body.reserve in (None, device.reserve_bytes)
+        and body.labels == device.labels
+    )
 
 
 @operations.add("DELETE", "/v1/devices/{device}", {200: models.Device}, errors=(404, 409))

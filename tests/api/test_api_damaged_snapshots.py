@@ -1,4 +1,4 @@
-"""A snapshot whose record is damaged, over HTTP on a real pool: it strands neither its volume nor the other snapshots."""
+"""A snapshot whose record is damaged, over HTTP on a real pool: it strands neither its volume nor the others."""
 
 from blockvirt.api.models import VolumeDeletion
 from blockvirt.lun.leaf import decode

@@ -1,7 +1,12 @@
 """Hosts, logical units, the pool, devices and sessions over HTTP."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from blockvirt.units import GIB
-from tests.api.conftest import Api
+from tests.api.conftest import Api, PoolApi
 
 
 async def test_a_host_sees_units(api: Api) -> None:
@@ -111,6 +116,43 @@ async def test_devices_over_http(api: Api) -> None:
         {"path": 5},
     ):
         assert (await api.call("POST", "/v1/devices", bad)).status == 422
+
+
+async def test_a_device_that_is_added_again(
+    pool_api: PoolApi, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also behind a crash between the device and the answer that was to be kept under the key."""
+    folder, key = short_tmp_path / "fast", {"Idempotency-Key": "one"}
+    folder.mkdir()
+    wanted = {"path": str(folder), "limit": "1GiB", "labels": {"media": "nvme"}}
+    with monkeypatch.context() as crashed:
+        crashed.setattr(pool_api.services.idempotency, "keep_alone", _crash)
+        assert (await pool_api.call("POST", "/v1/devices", wanted, headers=key)).status == 500
+    made = await pool_api.call("POST", "/v1/devices", wanted, headers=key)
+    assert (made.status, made.json["path"], made.json["limit_bytes"]) == (200, str(folder), GIB)
+    assert made.headers["Location"] == f"/v1/devices/{made.json['name']}"
+    again = await pool_api.call("POST", "/v1/devices", wanted, headers=key)
+    assert (again.status, again.json, again.headers["Idempotency-Replayed"]) == (200, made.json, "true")
+    (short_tmp_path / "link").symlink_to(folder)
+    exact = wanted | {"name": made.json["name"], "reserve": made.json["reserve_bytes"]}
+    for same in (wanted, exact, exact | {"path": str(short_tmp_path / "link")}):
+        answer = await pool_api.call("POST", "/v1/devices", same)
+        assert (answer.status, answer.json["id"]) == (200, made.json["id"]), same
+    (short_tmp_path / "other").mkdir()
+    others: tuple[dict[str, Any], ...] = (
+        {"limit": "2GiB"},
+        {"labels": {}},
+        {"reserve": made.json["reserve_bytes"] + 512},
+        {"name": "another"},
+        {"name": made.json["name"], "path": str(short_tmp_path / "other")},
+    )
+    for other in others:
+        assert await pool_api.refused("POST", "/v1/devices", wanted | other) == (409, "exists-incompatible"), other
+    assert len((await pool_api.ok("GET", "/v1/devices"))["devices"]) == 2
+
+
+async def _crash(record: object) -> None:
+    raise RuntimeError("the daemon dies here")
 
 
 async def test_sessions_over_http(api: Api) -> None:
