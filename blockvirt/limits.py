@@ -40,6 +40,7 @@ COPY_BATCH_CHUNKS = 16  # chunks that a flatten copies in one go of a thread: 1 
 RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
 RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
 RECLAIM_BATCH_VERSIONS = 128  # dead versions that it, or a checkpoint, removes: 10 ms; one leaf may have thousands
+PUNCH_COUNT_ROWS = 65_536  # that a job counts to tell how far it is: 0.2 s of a thread, and 50 s of punching
 SPACE_FIGURES_S = 0.1  # of a thread for one scrape: the interpreter is shared with the guests' requests
 SPACE_FIGURES_COST_RATIO = 0.02  # of the time may go into one volume's figures: with many snapshots they take seconds
 PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per so much written: 25 us each
@@ -121,6 +122,7 @@ API_MAX_STREAMS = 8  # at once: each holds 10 MiB, and one of the IO_THREADS tha
 # --- jobs ----------------------------------------------------------------------------------------------------------
 RUNNING_JOBS_PER_KIND = 2  # one goes on while the other waits for its disk; more would only take from the guests
 FINISHED_JOBS_PER_KIND = 256  # four minutes of a reclaim a second: a client that polls every minute misses none
+WAITING_JOBS_PER_KIND = 64  # that leave their place to others meanwhile: each keeps a task
 JOB_PROGRESS_S = 5.0  # how much work a kill may repeat; progress stored more often costs a sync each time
 JOB_RETRY_S = 60.0  # a reclaim that met a broken disk is tried again: its space would be lost until a restart
 JOB_RATE_WINDOW_S = 30.0  # long enough to be steady beside guest I/O, short enough to show that a job got stuck

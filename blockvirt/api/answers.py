@@ -175,6 +175,7 @@ def job(view: Job) -> job_models.Job:
         rate_per_s=view.rate_per_s,
         eta_s=view.eta_s,
         error=view.error or None,
+        detail=view.detail or None,
     )
 
 

@@ -44,6 +44,7 @@ class Job(Answer):
     rate_per_s: float | None = Field(None, description="Units per second; missing unless it runs for a while.")
     eta_s: float | None = Field(None, description="Seconds that are left at this rate; missing: unknown.")
     error: str | None = Field(None, description="Why it failed.")
+    detail: str | None = Field(None, description="What it is at just now, in words.")
 
 
 class JobList(Answer):

@@ -81,4 +81,6 @@ def bar(job: Mapping[str, Any], width: int) -> str:
         parts.append(f"{rate:.1f}/s")
     if left_s is not None:
         parts.append(f"{duration(left_s)} left")
+    if job.get("detail"):
+        parts.append(job["detail"])
     return "  ".join(parts)[: max(width, 0)]

@@ -27,6 +27,7 @@ SHOW = (
     Column("UNITS DONE", "done_units", "number"),
     Column("UNITS", "total_units", "number"),
     Column("VOLUME ID", "volume_id"),
+    Column("DETAIL", "detail"),
     Column("ERROR", "error"),
 )
 STATES = ("queued", "running", "paused", "done", "failed", "cancelled")

@@ -73,6 +73,7 @@ class Purger:
             for epoch in self._points_gone(branch):
                 await self._reclaimer.free(job, branch, epoch)
         self._gone(volume_id)
+        await self._reclaimer.give_back(job, branches)  # what clones see is left of some
         log.info("volume %s (%s) is deleted", job.record.subject, volume_id)
 
     def _points_gone(self, branch: int) -> list[int]:
@@ -91,24 +92,22 @@ def _remove_snapshots(volume_id: str, writer: Writer) -> int:
             log.warning("snapshot %s is deleted by what else is known of it: %s", name_key.decode(), error.message)
             snapshot = None
         if snapshot is None:
-            _remove_damaged(writer, volume_id, name_key, snapshot_id)
-        else:
-            remove_snapshot(writer, snapshot)
+            snapshot = stand_in(writer, volume_id, name_key.decode().partition("/")[2], snapshot_id.decode())
+        remove_snapshot(writer, snapshot)
+        if snapshot.branch:
             writer.put(Table.RECLAIM, pair_key(snapshot.branch, snapshot.epoch), b"")
     return len(rows)
 
 
-def _remove_damaged(writer: Writer, volume_id: str, name_key: bytes, snapshot_id: bytes) -> None:
-    """Remove a snapshot whose record does not say which point it is: its own row among the points does."""
-    writer.delete(Table.SNAPSHOTS, snapshot_id)
-    writer.delete(Table.SNAPSHOT_NAMES, name_key)
-    for number in branches_of(writer, volume_id):
-        for key, _ in writer.scan(Table.POINTS, prefix=number_key(number)):
+def stand_in(reader: Reader, volume_id: str, name: str, snapshot_id: str) -> SnapshotRecord:
+    """Return what is known of a snapshot without its record: which point it is, if it is one, says that one's row."""
+    known = SnapshotRecord(snapshot_id, volume_id, name, branch=0, epoch=0, size_bytes=0, created_s=0.0)
+    for number in branches_of(reader, volume_id):
+        for key, _ in reader.scan(Table.POINTS, prefix=number_key(number)):
             branch, epoch, who = split_point(key)
-            if isinstance(who, str) and who.encode() == snapshot_id:
-                writer.delete(Table.POINTS, key)
-                writer.delete(Table.SEALS, pair_key(branch, epoch))
-                writer.put(Table.RECLAIM, pair_key(branch, epoch), b"")
+            if who == snapshot_id:
+                return replace(known, branch=branch, epoch=epoch)
+    return known
 
 
 def remove_snapshot(writer: Writer, snapshot: SnapshotRecord) -> None:

@@ -77,7 +77,7 @@ class Engine:
         """Set when a snapshot was taken: what it seals is to get checksums."""
         self.registry = VolumeRegistry(context, self.leftovers, self.jobs.wake)
         self.puncher = Puncher(context)
-        self.reclaimer = Reclaimer(context, self.jobs.wake)
+        self.reclaimer = Reclaimer(context, self.puncher, self.jobs.wake)
         purger = Purger(context.store, self.reclaimer, self.registry.discard, self.registry.forget)
         self.jobs.register(RECLAIM, self.reclaimer.work, cancellable=False, retries=True)
         self.jobs.register(PURGE, purger.work, cancellable=False, retries=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from blockvirt.errors import BlockvirtError
-from blockvirt.limits import FINISHED_JOBS_PER_KIND, JOB_RETRY_S, RUNNING_JOBS_PER_KIND
+from blockvirt.limits import FINISHED_JOBS_PER_KIND, JOB_RETRY_S, RUNNING_JOBS_PER_KIND, WAITING_JOBS_PER_KIND
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import JobRecord
 from blockvirt.meta.store import Reader
@@ -38,6 +38,13 @@ class Kind:
     over: dict[str, None] = field(default_factory=dict)
     """Ids of the jobs that may be forgotten, in the order they ended."""
     running: int = 0
+    waiting: int = 0
+    """How many of those that run only wait for others."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another job may be started."""
+        return self.running - min(self.waiting, WAITING_JOBS_PER_KIND) < RUNNING_JOBS_PER_KIND
 
     def is_over(self, state: str) -> bool:
         """Tell whether nothing more will happen to a job in ``state`` unless somebody asks for it."""
@@ -158,7 +165,7 @@ class JobQueues:
     def startable(self) -> Iterator[tuple[Entry, Worker]]:
         """Yield the jobs whose turn it is, oldest of each kind first, while there is room; each is to be started."""
         for kind in self.kinds.values():
-            while kind.worker is not None and kind.ready and kind.running < RUNNING_JOBS_PER_KIND:
+            while kind.worker is not None and kind.ready and kind.has_room:
                 entry = self.entries.get(heapq.heappop(kind.ready)[1])
                 if entry is not None and entry.is_startable:
                     yield entry, kind.worker

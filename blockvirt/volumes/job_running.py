@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, PoolFull, WrongJobState
@@ -21,15 +22,33 @@ class Stop(Exception):
 class Running:
     """One run of a job. The worker gets it; the board keeps it while the worker is at it."""
 
-    __slots__ = ("_clock", "_save", "_saved_s", "asked", "ended", "fault", "pace", "record")
+    __slots__ = (
+        "_clock",
+        "_give_way",
+        "_save",
+        "_saved_s",
+        "_stir",
+        "asked",
+        "detail",
+        "ended",
+        "fault",
+        "pace",
+        "record",
+    )
 
     def __init__(
-        self, record: JobRecord, clock: Callable[[], float], save: Callable[[JobRecord], Awaitable[None]]
+        self,
+        record: JobRecord,
+        clock: Callable[[], float],
+        save: Callable[[JobRecord], Awaitable[None]],
+        give_way: Callable[[int], None],
     ) -> None:
-        """``save(record)`` makes the progress in it durable."""
+        """``save(record)`` makes the progress in it durable; ``give_way`` hears by how many more jobs only wait."""
         self.record = record
         """The job with its progress up to this moment; ``record.position`` says where to go on."""
         self.pace = Pace(clock(), record.done_units)
+        self.detail = ""
+        """What the worker is at, in words for users; empty: nothing that the kind does not say."""
         self.asked: Action | None = None
         """What the worker is to stop for."""
         self.ended = asyncio.Event()
@@ -39,6 +58,8 @@ class Running:
         self._clock = clock
         self._save = save
         self._saved_s = clock()
+        self._give_way = give_way
+        self._stir: Callable[[], None] | None = None
 
     @property
     def stopping(self) -> bool:
@@ -69,6 +90,18 @@ class Running:
             except PoolFull as error:  # reclaim makes the space that is lacking: it must not end for want of it
                 log.warning("progress of job %s is not durable for now: %s", self.record.id, error)
 
+    @contextmanager
+    def waiting(self, stir: Callable[[], None]) -> Iterator[None]:
+        """Inside, the worker only waits for others, so further jobs may start; ``stir()`` wakes it up."""
+        self._stir = stir
+        self._give_way(1)
+        try:
+            yield
+        finally:
+            self._give_way(-1)
+            self._stir = None
+            self.detail = ""
+
     def ask(self, action: Action) -> None:
         """Have the worker stop for ``action``; raises WrongJobState for a pause of what is being cancelled."""
         if self.asked is Action.CANCEL and action is Action.PAUSE:
@@ -80,3 +113,5 @@ class Running:
                 possible=[],
             )
         self.asked = action
+        if self._stir is not None:
+            self._stir()

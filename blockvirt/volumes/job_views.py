@@ -37,6 +37,8 @@ class Job:
     """Seconds that are left at this rate; None where nothing can be said."""
     error: str
     """Why it failed; empty otherwise."""
+    detail: str
+    """What it is at, in words, while it runs; empty: nothing that its kind does not say."""
 
 
 class Pace:
@@ -72,7 +74,7 @@ class Pace:
             self._samples.popleft()
 
 
-def view_of(record: JobRecord, pace: Pace | None, now_s: float) -> Job:
+def view_of(record: JobRecord, pace: Pace | None, now_s: float, detail: str = "") -> Job:
     """Return the view of a job; ``pace`` is None where this process does not work on it."""
     rate_per_s = pace.rate_per_s(now_s) if pace is not None and record.state == State.RUNNING else None
     return Job(
@@ -90,6 +92,7 @@ def view_of(record: JobRecord, pace: Pace | None, now_s: float) -> Job:
         rate_per_s=rate_per_s,
         eta_s=_left_s(record, rate_per_s),
         error=record.error,
+        detail=detail if record.state == State.RUNNING else "",
     )
 
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from blockvirt.errors import BlockvirtError, ShuttingDown, WrongJobState
 from blockvirt.ids import is_id
@@ -157,9 +158,13 @@ class JobBoard:
         if due_s is not None:
             self._wake_in(due_s - now_s)
         for entry, worker in self._queues.startable():
-            entry.run = Running(entry.record, self._clock, self._save)
+            entry.run = Running(entry.record, self._clock, self._save, partial(self._give_way, entry))
             entry.kind.running += 1
             self._runs.start(self._attend(entry, entry.run, worker), f"{entry.record.kind} {entry.record.id}")
+
+    def _give_way(self, entry: Entry, change: int) -> None:
+        entry.kind.waiting += change
+        self._work.set()
 
     def _wake_in(self, delay_s: float) -> None:
         if self._timer is not None:
@@ -251,7 +256,8 @@ class JobBoard:
     def _view(self, entry: Entry) -> Job:
         if entry.run is None:
             return view_of(entry.record, None, self._clock())
-        return view_of(with_progress(entry.record, entry.run.record), entry.run.pace, self._clock())
+        record = with_progress(entry.record, entry.run.record)
+        return view_of(record, entry.run.pace, self._clock(), entry.run.detail)
 
 
 async def _outcome(run: Running, worker: Worker) -> tuple[Action, str]:

@@ -2,17 +2,21 @@
 
 Rows of the punch table are (file, first chunk) -> count, written in the transaction that dropped the last entry. A
 crash repeats some punches, without harm: their addresses are never used again.
+
+The worker passes over the table whenever there is something new. A row that it cannot do stays for the next pass. Who
+waits for the rows of some files hears of the end of a pass that began after the question, and why some of them stayed.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from blockvirt.errors import BlockvirtError, DamagedRecord
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
 from blockvirt.limits import PUNCH_PAUSE_S, PUNCHES_PER_BATCH
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord, punch_count
@@ -33,6 +37,32 @@ class _Punch:
     count: int
 
 
+@dataclass(slots=True, eq=False)
+class Turn:
+    """What somebody hears who waits for the rows of some files."""
+
+    files: frozenset[int]
+    """Numbers of backing files."""
+    done_chunks: int = 0
+    """How many of their chunks were given back since the question."""
+    is_over: bool = False
+    """Every row that was there at the time of the question was tried."""
+    problem: DeviceFault | None = None
+    """Why some of them stayed."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when something of the above is new; for the one who waits to clear."""
+
+    def failed(self, file: int, fault: DeviceFault) -> None:
+        """Note that a row of a file stays."""
+        if file in self.files and not self.is_over:
+            self.problem = fault
+
+    def end(self) -> None:
+        """Note that there is nothing more to wait for."""
+        self.is_over = True
+        self.changed.set()
+
+
 class Puncher:
     """The worker of the punch table. One per pool."""
 
@@ -44,26 +74,60 @@ class Puncher:
         self._drained = context.drained
         self._work = context.punches
         self._work.set()
+        self._turns: set[Turn] = set()
+
+    @contextmanager
+    def turn(self, files: Collection[int]) -> Iterator[Turn]:
+        """Ask to be told when what the table has for some files, given by their numbers, has had its turn."""
+        turn = Turn(frozenset(files))
+        self._turns.add(turn)
+        self._work.set()
+        try:
+            yield turn
+        finally:
+            self._turns.discard(turn)
 
     async def run(self) -> None:
         """Work until cancelled; a few punches at a time, because a filesystem may stall a file's writes for each."""
         while True:
             await self._work.wait()
             self._work.clear()
-            after = b""
-            while True:
-                try:
-                    batch, after = self._batch(after)
-                    if not batch:
-                        break
-                    await self._punch(batch)
-                except BlockvirtError as error:
-                    log.error("freed space is not given back for now: %s", error)
-                    break
-                except Exception:  # a mistake of ours must not end the worker: freed space would never come back
-                    log.exception("freed space is not given back for now")
-                    break
-                await asyncio.sleep(PUNCH_PAUSE_S)
+            turns = [turn for turn in self._turns if not turn.is_over]
+            for turn in turns:
+                turn.problem = None  # of a pass that was under way at the question
+            try:
+                await self._pass(turns)
+            except BlockvirtError as error:
+                log.error("freed space is not given back for now: %s", error)
+                problem = error.message
+            except Exception as error:  # a mistake of ours must not end the worker: no space would ever come back
+                log.exception("freed space is not given back for now")
+                problem = f"a mistake of blockvirt, see its log: {error!r}"
+            else:
+                problem = ""
+            for turn in turns:
+                if problem and not turn.is_over:
+                    turn.problem = DeviceFault(f"freed space is not given back for now: {problem}")
+                turn.end()
+
+    async def _pass(self, turns: Sequence[Turn]) -> None:
+        """Try every row that is there, in order of files; each of ``turns`` is over as soon as its files are behind."""
+        after = b""
+        while True:
+            batch, after = self._batch(after)
+            if not batch:
+                return
+            for turn in turns:
+                if all(file < batch[0].number for file in turn.files):
+                    turn.end()
+            await self._punch(batch)
+            await asyncio.sleep(PUNCH_PAUSE_S)
+
+    def _stays(self, file: int, problem: str, correction: str) -> None:
+        """Tell who waits for a file that something of it is not given back for now."""
+        fault = DeviceFault(f"freed space is not given back for now: {problem}", correction=correction)
+        for turn in self._turns:
+            turn.failed(file, fault)
 
     def _batch(self, after: bytes) -> tuple[list[_Punch], bytes]:
         batch: list[_Punch] = []
@@ -75,6 +139,7 @@ class Puncher:
                     batch.append(_Punch(self._file(reader, number), number, chunk, count))
                 except DamagedRecord as error:
                     log.error("%s", error)
+                    self._stays(number, error.message, error.correction)
                 after = key + b"\0"
                 if len(batch) == PUNCHES_PER_BATCH:
                     break
@@ -92,8 +157,13 @@ class Puncher:
                 done.append(punch)
             elif folder := paths.get(punch.file.device_id):
                 path = backing_path(folder, punch.file.branch, punch.number)
-                if await self._threads.run(partial(self._punch_one, path, punch)):
+                problem = await self._threads.run(partial(self._punch_one, path, punch))
+                if problem:
+                    self._stays(punch.number, problem, "check the disk and its mount; it is tried again by itself")
+                else:
                     done.append(punch)
+            else:
+                self._away(punch.file)
 
         def forget(writer: Writer) -> list[_Punch]:
             # A row that went meanwhile, with its whole volume, is not ours to count.
@@ -105,20 +175,33 @@ class Puncher:
             for punch in await self._store.commit(forget):
                 if punch.file is not None:
                     self._storage.mapped(punch.file.device_id, punch.number, -punch.count)
+        for turn in self._turns:
+            if chunks := sum(punch.count for punch in done if punch.number in turn.files):
+                turn.done_chunks += chunks
+                turn.changed.set()
 
-    def _punch_one(self, path: Path, punch: _Punch) -> bool:
+    def _away(self, file: FileRecord) -> None:
+        problem, correction = "its device was away", "it is tried again by itself"
+        try:
+            self._storage.path_of(file.device_id)
+        except DeviceFault as fault:
+            problem, correction = fault.message, fault.correction
+        self._stays(file.number, problem, correction)
+
+    def _punch_one(self, path: Path, punch: _Punch) -> str:
+        """Punch; returns what went wrong."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return True
+            return ""
         except OSError as error:
             log.error("cannot open %s to give freed chunks back: %s", path, error)
-            return False
+            return f"{path} cannot be opened: {error.strerror}"
         try:
             punch_hole(fd, punch.chunk << self._chunk_shift, punch.count << self._chunk_shift)
-            return True
+            return ""
         except OSError as error:
             log.error("cannot punch %d chunks out of %s: %s", punch.count, path, error)
-            return False
+            return f"{path} cannot be punched: {error.strerror}"
         finally:
             os.close(fd)

@@ -11,22 +11,24 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.ids import new_id
-from blockvirt.limits import RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS, RECLAIM_BATCH_VERSIONS
+from blockvirt.limits import PUNCH_COUNT_ROWS, RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS, RECLAIM_BATCH_VERSIONS
 from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, split_pair, volume_branch_key
-from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path, unlink_files
+from blockvirt.units import format_size
 from blockvirt.volumes.concerned import volume_name
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.gaps import Gap, born_between, gap_around
 from blockvirt.volumes.jobs import Running, State, queue_job
 from blockvirt.volumes.journal import journal_paths
+from blockvirt.volumes.punch import Puncher
 from blockvirt.volumes.versions import free_gap, is_pinned, next_point, previous_point, release
 
 log = logging.getLogger("blockvirt.reclaim")
@@ -109,21 +111,25 @@ def adopt_rows(writer: Writer) -> None:
 class Reclaimer:
     """The worker of reclaim jobs. One per pool."""
 
-    def __init__(self, context: VolumeContext, wake_jobs: Callable[[], None]) -> None:
+    def __init__(self, context: VolumeContext, puncher: Puncher, wake_jobs: Callable[[], None]) -> None:
         self._store = context.store
         self._storage = context.storage
         self._threads = context.threads
         self._punches = context.punches
+        self._puncher = puncher
+        self._chunk_shift = context.chunk_shift
         self._drained = context.drained
         self._wake_jobs = wake_jobs
 
     async def work(self, job: Running) -> None:
         """Do a reclaim job: ``branch``, and in ``position`` the epoch of the point that went."""
         await self.free(job, job.record.branch, job.record.position)
+        await self.give_back(job, [job.record.branch])
 
     async def free(self, job: Running, branch: int, epoch: int) -> None:
         """Free what only the point at ``epoch`` saw; the whole branch if nothing keeps it any more.
 
+        Nothing is done where its row is gone: then it was done before.
         Raises DeviceFault where a device that must be reached is missing, MetadataFault, OSError.
         """
         is_done = False
@@ -132,11 +138,51 @@ class Reclaimer:
                 mark = reader.get(Table.RECLAIM, pair_key(branch, epoch))
                 record = reader.record(BranchRecord, Table.BRANCHES, number_key(branch))
                 kept = record is not None and (record.head_epoch or is_pinned(reader, branch))
+            if mark is None:
+                return
             if record is not None and kept:
                 await self._free_gap(job, record, epoch)
             elif record is not None:
                 await self._drop(job, record)
             is_done = await self._store.commit(partial(_end, pair_key(branch, epoch), mark))
+
+    async def give_back(self, job: Running, branches: Sequence[int]) -> None:
+        """Return when the filesystem has back what is freed by now of some branches; other jobs may go on meanwhile.
+
+        Raises DeviceFault where it cannot get some of it for now.
+        """
+        files = {file.number for branch in branches for file in files_of(self._store, branch)}
+        with self._puncher.turn(files) as turn:
+            chunks, is_known = await self._threads.run(partial(self._to_be_punched, files))
+            if not chunks:
+                return
+            turn.done_chunks = 0
+            with job.waiting(turn.changed.set):
+                while not turn.is_over:
+                    job.checkpoint()
+                    done = min(turn.done_chunks, chunks) if is_known else turn.done_chunks
+                    left = format_size((chunks - done) << self._chunk_shift) if is_known else "freed space"
+                    job.detail = f"{left} still to be given back to the filesystem"
+                    await job.advance(done, chunks if is_known else 0, job.record.position)
+                    await turn.changed.wait()
+                    turn.changed.clear()
+        if turn.problem is not None:
+            raise turn.problem
+
+    def _to_be_punched(self, files: Collection[int]) -> tuple[int, bool]:
+        """Return how many chunks of some files the punch table has, and whether that is all; blocks."""
+        chunks = rows = 0
+        with self._store.read() as reader:
+            for file in files:
+                for key, stored in reader.scan(Table.PUNCH, prefix=number_key(file)):
+                    try:
+                        chunks += punch_count(key, stored)
+                    except DamagedRecord:  # the puncher says so
+                        chunks += 1
+                    rows += 1
+                    if rows == PUNCH_COUNT_ROWS:
+                        return chunks, False
+        return chunks, True
 
     # --- one gap -------------------------------------------------------------------------------------------------
 

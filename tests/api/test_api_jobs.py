@@ -29,6 +29,7 @@ class Worker:
         while not self.go_on.is_set():
             job.checkpoint()
             await job.advance(25, 100, 1)
+            job.detail = "a quarter"
             self.stepping.set()
             await asyncio.sleep(0)
         if self.fails:
@@ -62,13 +63,15 @@ async def test_a_job_from_its_start_to_its_end(pool_api: PoolApi, worker: Worker
     shown = await pool_api.ok("GET", f"/v1/jobs/{job_id}")
     assert (shown["state"], shown["kind"], shown["subject"]) == ("running", "test", "x")
     assert (shown["done_units"], shown["total_units"], shown["percent"]) == (25, 100, 25.0)
+    assert shown["detail"] == "a quarter"
     assert shown["created_at"] == "1970-01-01T00:00:01Z"
     assert "started_at" in shown
     assert not {"volume_id", "finished_at", "error"} & shown.keys()
     assert (await pool_api.ok("GET", f"/v1/jobs/{job_id}?wait_s=0.01"))["state"] == "running"
     waiting = asyncio.create_task(pool_api.ok("GET", f"/v1/jobs/{job_id}?wait_s=60"))
     worker.go_on.set()
-    assert (await waiting)["state"] == "done"
+    ended = await waiting
+    assert (ended["state"], "detail" in ended) == ("done", False)
     assert (await pool_api.ok("GET", f"/v1/jobs/{job_id}?wait_s=60"))["state"] == "done", "at once"
 
 

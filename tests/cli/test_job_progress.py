@@ -25,6 +25,7 @@ def test_a_bar_says_what_is_known() -> None:
     assert bar(RUNNING, 200) == "flatten of v  [##########..............]  42.4%  12.3/s  1m20s left"
     assert bar(JOB | {"state": "queued"}, 200) == "flatten of v  queued"
     assert bar(JOB | {"state": "running", "percent": 100.0}, 200).endswith("[########################] 100.0%")
+    assert bar(RUNNING | {"detail": "24KiB to go"}, 200).endswith("1m20s left  24KiB to go")
     assert bar(RUNNING, 20) == "flatten of v  [#####"
 
 

@@ -105,13 +105,15 @@ def test_a_view_tells_percent_rate_and_time_left() -> None:
     pace.note(10.0, 25)
     seen = view_of(record, pace, 10.0)
     assert (seen.percent, seen.rate_per_s, seen.eta_s, seen.total_units) == (25.0, 2.0, 37.5, 100)
-    assert (seen.started_s, seen.finished_s) == (20.0, None)
+    assert (seen.started_s, seen.finished_s, seen.detail) == (20.0, None, "")
+    assert view_of(record, pace, 10.0, "half of it").detail == "half of it"
 
 
 @pytest.mark.parametrize("state", State)
 def test_a_view_does_not_guess(state: State) -> None:
-    seen = view_of(job(state), None, 50.0)
+    seen = view_of(job(state), None, 50.0, "at it")
     assert (seen.rate_per_s, seen.eta_s, seen.total_units) == (None, None, None)
+    assert bool(seen.detail) is (state == "running")
     assert seen.percent == (100.0 if state == "done" else None)
     assert view_of(job(state, done_units=7, total_units=5), None, 50.0).percent == 100.0
     assert view_of(job("running", total_units=5), Pace(0.0, 0), 50.0).eta_s is None, "no pace, no end in sight"
