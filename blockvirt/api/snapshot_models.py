@@ -39,7 +39,7 @@ class SnapshotsDelete(Change):
     """Snapshots to delete, all or none."""
 
     snapshots: list[str] = Field(min_length=1, description="Ids, or VOLUME@SNAPSHOT.")
-    force: bool = Field(False, description="Also while sessions read one: they are dropped.")
+    force: bool = Field(False, description="Also while sessions read one: they are dropped. Also if one is damaged.")
 
 
 class HoldRequest(Request):
@@ -128,7 +128,7 @@ class SnapshotDeletion(Answer):
     deleted: bool
     snapshots: list[Snapshot]
     freed_bytes: int = Field(description="By all of them together: more than the sum of what each alone would free.")
-    obstacles: list[str] = Field(description="Why it is refused: holds, and sessions unless forced.")
+    obstacles: list[str] = Field(description="Why it is refused: holds, and sessions and damage unless forced.")
     job_ids: list[str] = Field(description="The jobs that give the space back.")
 
 

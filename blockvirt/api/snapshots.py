@@ -138,7 +138,7 @@ async def release_snapshot(call: Call, snapshot: str, body: models.HoldRequest) 
     "DELETE",
     "/v1/snapshots/{snapshot}",
     {200: models.SnapshotDeletion},
-    errors=(404, 409, 412),
+    errors=(404, 409, 412, 503),
     conditional=True,
 )
 async def delete_snapshot(call: Call, snapshot: str, query: DeleteQuery) -> Reply:
@@ -149,7 +149,7 @@ async def delete_snapshot(call: Call, snapshot: str, query: DeleteQuery) -> Repl
     return _deletion(call, gone)
 
 
-@operations.add("POST", "/v1/snapshots/delete", {200: models.SnapshotDeletion}, errors=(404, 409))
+@operations.add("POST", "/v1/snapshots/delete", {200: models.SnapshotDeletion}, errors=(404, 409, 503))
 async def delete_snapshots(call: Call, body: models.SnapshotsDelete) -> Reply:
     """Delete several snapshots, all or none, or say what that would free."""
     gone = await call.services.snapshots.delete(body.snapshots, force=body.force, dry_run=body.dry_run)

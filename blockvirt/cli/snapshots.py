@@ -154,7 +154,9 @@ def show(context: Context, snapshot: str, output: str) -> None:
 
 @snapshot_group.command("delete")
 @click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...")
-@click.option("--force", is_flag=True, help="Also while sessions read one: they are dropped. Never while one is held.")
+@click.option(
+    "--force", is_flag=True, help="Also while sessions read one, and if one is damaged. Never while one is held."
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go, and what that frees.")
 @click.option("--wait", is_flag=True, help="Wait until the space is free, with a bar on a terminal.")
 @output_option

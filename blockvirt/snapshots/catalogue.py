@@ -7,16 +7,17 @@ of the event loop: one instant. What only a deleted snapshot saw is freed by a r
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, InUse, InvalidRequest, NotFound, PoolFull
 from blockvirt.ids import canonical_id, check_name, is_id, new_id
 from blockvirt.limits import MAX_GROUP_VOLUMES
-from blockvirt.meta.keys import Table
+from blockvirt.meta.keys import Table, snapshot_name_key
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots import transactions
@@ -27,6 +28,7 @@ from blockvirt.snapshots.transactions import Wanted
 from blockvirt.snapshots.views import Snapshot, new_view, parent_of, view
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checkpoint import checkpoint_and_step
+from blockvirt.volumes.deletion import stand_in
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.gaps import MAX_EPOCH
 from blockvirt.volumes.requests import check_labels
@@ -210,11 +212,14 @@ class Snapshots:
         """Delete snapshots, all or none, or with ``dry_run`` say what that would free.
 
         Refused with InUse while one is held, and while sessions read one unless ``force`` drops them. Clones and
-        younger snapshots are no obstacle. Raises NotFound, PreconditionFailed.
+        younger snapshots are no obstacle. One whose record is damaged might be held: it goes by ``force`` only, and by
+        its name. Raises NotFound, PreconditionFailed, DamagedRecord.
         """
-        records = list({(record := self.find(each)).id: record for each in names_or_ids}.values())
-        views, freed_bytes = await self._engine.context.threads.run(partial(self._would_free, records))
-        obstacles = tuple(_obstacles(views))
+        records, damaged = await self._engine.context.threads.run(
+            partial(self._to_delete, names_or_ids, force or dry_run)
+        )
+        views, freed_bytes = await self._engine.context.threads.run(partial(self._would_free, records, damaged))
+        obstacles = tuple(_obstacles(views, () if force else damaged))
         if dry_run:
             return Deletion(views, freed_bytes, deleted=False, obstacles=obstacles)
         for record, shown in zip(records, views, strict=True):
@@ -227,24 +232,61 @@ class Snapshots:
                     correction="end them ('blockvirt session list'), or use force",
                     sessions=shown.sessions,
                 )
-        jobs = await self.delete_ids([record.id for record in records], expected_revision)
+        jobs = await self.delete_ids([record.id for record in records], expected_revision, damaged)
         for shown in views:
             log.info("snapshot %s@%s deleted", shown.volume, shown.name)
         return Deletion(views, freed_bytes, deleted=True, job_ids=jobs)
 
-    def _would_free(self, records: Sequence[SnapshotRecord]) -> tuple[tuple[Snapshot, ...], int]:
+    def _to_delete(
+        self, names_or_ids: Sequence[str], regardless: bool
+    ) -> tuple[Sequence[SnapshotRecord], Mapping[str, SnapshotRecord]]:
+        """Return the records; and by ids those among them that stand in for damaged ones, if that is ``regardless``.
+
+        Raises NotFound, DamagedRecord.
+        """
+        records: dict[str, SnapshotRecord] = {}
+        damaged: dict[str, SnapshotRecord] = {}
+        with self._store.read() as reader:
+            for name in names_or_ids:
+                try:
+                    record = find(reader, name)
+                except DamagedRecord as error:
+                    known = _known(reader, name) if regardless else None
+                    if known is None:
+                        error.correction = (
+                            f"'blockvirt snapshot delete --force VOLUME@NAME' deletes it; {error.correction}"
+                        )
+                        raise
+                    record = damaged[known.id] = known
+                records[record.id] = record
+        return list(records.values()), damaged
+
+    def _would_free(
+        self, records: Sequence[SnapshotRecord], damaged: Mapping[str, SnapshotRecord]
+    ) -> tuple[tuple[Snapshot, ...], int]:
+        """Return the views, and what becomes free: with damaged ones among them at least that."""
         with self._store.read() as reader:
             views = tuple(
-                view(reader, each, "", self._chunk_bytes, self._readers.sessions_of(each.id)) for each in records
+                new_view(reader, each, self._chunk_bytes)
+                if each.id in damaged
+                else view(reader, each, "", self._chunk_bytes, self._readers.sessions_of(each.id))
+                for each in records
             )
-            return views, freed_by(reader, records) * self._chunk_bytes
+            intact = [each for each in records if each.id not in damaged]
+            return views, freed_by(reader, intact) * self._chunk_bytes
 
-    async def delete_ids(self, ids: Sequence[str], expected_revision: int | None = None) -> tuple[str, ...]:
+    async def delete_ids(
+        self,
+        ids: Sequence[str],
+        expected_revision: int | None = None,
+        damaged: Mapping[str, SnapshotRecord] = MappingProxyType({}),
+    ) -> tuple[str, ...]:
         """Delete snapshots by their ids, all or none, sessions or not; returns the reclaim jobs' ids.
 
-        One that is gone is no error. Raises InUse where one is held, PreconditionFailed.
+        One that is gone is no error. ``damaged`` are those that go all the same, by ids: what stands in for their
+        records. Raises InUse where one is held, PreconditionFailed, DamagedRecord.
         """
-        jobs = await self._store.commit(lambda writer: transactions.delete(writer, ids, expected_revision))
+        jobs = await self._store.commit(lambda writer: transactions.delete(writer, ids, expected_revision, damaged))
         for snapshot_id in ids:
             self._readers.drop(snapshot_id)
         self._engine.jobs.wake(*jobs)
@@ -275,6 +317,19 @@ def _volume(reader: Reader, volume_id: str) -> VolumeRecord:
     return record
 
 
-def _obstacles(views: Sequence[Snapshot]) -> list[str]:
-    obstacles = [f"{each.volume}@{each.name} is held: {', '.join(each.holds)}" for each in views if each.holds]
+def _known(reader: Reader, name: str) -> SnapshotRecord | None:
+    """Return what stands in for the damaged record of 'VOLUME@NAME'; None where that is no such name."""
+    volume, at, snapshot = name.partition("@")
+    volume_id = locate(reader, volume)[0] if at else ""
+    snapshot_id = reader.get(Table.SNAPSHOT_NAMES, snapshot_name_key(volume_id, snapshot))
+    return stand_in(reader, volume_id, snapshot, snapshot_id.decode()) if snapshot_id is not None else None
+
+
+def _obstacles(views: Sequence[Snapshot], damaged: Collection[str]) -> list[str]:
+    obstacles = [
+        f"the record of {each.volume}@{each.name} is damaged, and may say that it is held"
+        for each in views
+        if each.id in damaged
+    ]
+    obstacles += [f"{each.volume}@{each.name} is held: {', '.join(each.holds)}" for each in views if each.holds]
     return obstacles + [f"{each.sessions} sessions read {each.volume}@{each.name}" for each in views if each.sessions]

@@ -1,10 +1,11 @@
 """What the snapshots' metadata transactions do: each function runs inside one, in the store's writer thread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from types import MappingProxyType
 
-from blockvirt.errors import BlockvirtError, Exists, InUse, LimitReached, NotFound, PreconditionFailed
+from blockvirt.errors import BlockvirtError, DamagedRecord, Exists, InUse, LimitReached, NotFound, PreconditionFailed
 from blockvirt.ids import new_id
 from blockvirt.limits import MAX_HOLDS, MAX_SNAPSHOTS
 from blockvirt.meta.keys import (
@@ -100,14 +101,25 @@ def put_new(writer: Writer, record: SnapshotRecord) -> None:
         writer.put_record(Table.POOL, POOL_KEY, replace(pool, epoch=record.epoch + 1))
 
 
-def delete(writer: Writer, ids: Sequence[str], expected_revision: int | None = None) -> list[str]:
+def delete(
+    writer: Writer,
+    ids: Sequence[str],
+    expected_revision: int | None = None,
+    damaged: Mapping[str, SnapshotRecord] = MappingProxyType({}),
+) -> list[str]:
     """Delete snapshots, all or none, and queue what that frees; returns the jobs' ids. Those gone already are no error.
 
-    Raises InUse where one is held, or a stream is being imported that goes on from it; PreconditionFailed.
+    ``damaged`` are those that go without a look at their records, by ids: what stands in for these. Raises InUse where
+    one is held, or a stream is being imported that goes on from it; PreconditionFailed, DamagedRecord.
     """
     jobs = []
     for snapshot_id in ids:
-        record = writer.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode())
+        try:
+            record = writer.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode())
+        except DamagedRecord:
+            if snapshot_id not in damaged:
+                raise
+            record = damaged[snapshot_id]
         if record is None:
             continue
         check_revision(record, expected_revision)
@@ -118,6 +130,8 @@ def delete(writer: Writer, ids: Sequence[str], expected_revision: int | None = N
         if volume is not None and volume.importing == record.id:
             check_not_importing(volume)
         remove_snapshot(writer, record)
+        if not record.branch:  # it stood in, and is no point: nothing is kept for it
+            continue
         job_id = queue_reclaim(writer, record.branch, record.epoch, subject=name, volume_id=record.volume_id)
         if job_id is not None:
             jobs.append(job_id)

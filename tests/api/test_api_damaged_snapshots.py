@@ -112,3 +112,32 @@ async def test_the_offline_check_names_it(pool_api: PoolApi) -> None:
     with pool_api.pool.engine.store.read() as reader:
         findings = list(verify_records(reader, decode))
     assert [(each.code, each.what) for each in findings] == [("damaged-record", "snapshot v@s1")]
+
+
+async def test_it_is_deleted_alone_by_force(pool_api: PoolApi) -> None:
+    """The chunk that it alone saw comes back, the others stay."""
+    await with_damage(pool_api)
+    answer = await pool_api.call("DELETE", "/v1/snapshots/v@s1")
+    assert (answer.status, answer.json["code"]) == (503, "damaged-record")
+    assert "delete --force" in answer.json["correction"]
+    would = await pool_api.ok("DELETE", "/v1/snapshots/v@s1?dry_run=true")
+    assert [("v@s1" in each, "damaged" in each) for each in would["obstacles"]] == [(True, True)]
+    used_bytes = pool_api.pool.engine.storage.status().used_bytes
+    body = {"snapshots": ["v@s1", "v@s1"], "force": True}
+    gone = await pool_api.ok("POST", "/v1/snapshots/delete", body)
+    assert [each["name"] for each in gone["snapshots"]] == ["s1"]
+    await pool_api.until_reclaimed()
+    assert pool_api.pool.engine.storage.status().used_bytes == used_bytes - CHUNK
+    listed = await pool_api.ok("GET", "/v1/snapshots?volume=v")
+    assert ([each["name"] for each in listed["snapshots"]], listed["damaged"]) == (["s0", "s2"], [])
+    with pool_api.pool.engine.store.read() as reader:
+        assert not list(verify_records(reader, decode))
+    assert (await delete(pool_api, "purge=true")).deleted, "nothing is in the way any more"
+
+
+async def test_a_held_one_beside_it_keeps_both(pool_api: PoolApi) -> None:
+    await with_damage(pool_api)
+    await pool_api.ok("POST", "/v1/snapshots/v@s2/hold", {"tag": "legal"})
+    body = {"snapshots": ["v@s1", "v@s2"], "force": True}
+    assert await pool_api.refused("POST", "/v1/snapshots/delete", body) == (409, "in-use")
+    assert (await pool_api.ok("GET", "/v1/snapshots?volume=v"))["damaged"] == ["v@s1"]
