@@ -2,17 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
 
 import pytest
 
-from blockvirt.device import Capabilities, Extent, ExtentState, Read
-from blockvirt.errors import DeviceFault, PoolFull, ShuttingDown, VolumeStopped
+from blockvirt.device import Capabilities, Extent, ExtentState
+from blockvirt.errors import PoolFull, ShuttingDown, VolumeStopped
 from blockvirt.limits import NBD_MAX_EXTENTS_PER_REPLY, NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.client import NbdClient, NbdClientError, Reply, RequestFailed
 from blockvirt.nbd.messages import REQUEST
-from blockvirt.testing.memory_volume import MemoryDisk, MemoryVolume
+from blockvirt.testing.memory_volume import MemoryDisk
 from blockvirt.units import GIB, KIB, MIB
 from tests.nbd.conftest import PATIENCE_S, Bench
 
@@ -287,32 +286,6 @@ async def test_what_the_volume_raises_is_answered(
     disk.failures.clear()
     assert await client.read(0, 512) == payload
     assert ("Traceback" in caplog.text) is isinstance(error, KeyError)
-
-
-async def test_cold_reads_that_come_together_go_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call of the volume for the cold reads of a turn, and each is answered by itself."""
-    bench.disk.now = False
-    bench.disk.store(0, memoryview(noise(MIB)))
-    calls: list[int] = []
-    read = MemoryVolume.read
-
-    async def noted(self: MemoryVolume, reads: Sequence[Read]) -> Sequence[Exception | None]:
-        calls.append(len(reads))
-        outcomes = list(await read(self, reads))
-        return [
-            DeviceFault("gone") if offset == 4 * KIB else done
-            for (offset, _), done in zip(reads, outcomes, strict=True)
-        ]
-
-    monkeypatch.setattr(MemoryVolume, "read", noted)
-    client = await bench.enter()
-    replies = [client.start(c.CMD_READ, n * KIB, KIB) for n in range(20)]
-    answers = [await reply for reply in replies]
-    assert [answer.error for answer in answers] == [5 if n == 4 else 0 for n in range(20)]
-    expected = [noise(MIB)[n * KIB : (n + 1) * KIB] for n in range(20)]
-    expected[4] = b""
-    assert [bytes(answer.data) for answer in answers] == expected
-    assert calls == [16, 4]
 
 
 async def test_a_failed_settle_acknowledges_no_write_of_its_batch(bench: Bench) -> None:
