@@ -113,6 +113,8 @@ async def _run(parts: Sequence[Checkpointer], also: Also[T] | None, *, step: boo
     started_s = time.perf_counter()
     parts = sorted(parts, key=lambda part: part.volume.map.branch)  # one order: two groups do not wait for each other
     for part in parts:
+        if step:
+            part.volume.tail.turn()
         async with part.flusher.syncing:
             # As a flush would, never beside one: of two syncs of a file only one is told of a failed write-back.
             await sync_data(part.volume)

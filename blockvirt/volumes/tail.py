@@ -157,6 +157,8 @@ class Tail:
         self._tasks = tasks
         self._making_room = asyncio.Lock()
         self._file: BackingFile | None = None
+        self._resting: BackingFile | None = None
+        """The one before it, that is being synced: used only where there is no room elsewhere."""
         self._ahead: asyncio.Task[None] | None = None
         self.mapped_chunks = 0
         """Of the whole branch: what reservation steps grow with."""
@@ -177,9 +179,25 @@ class Tail:
         assert first + count <= CHUNK_MASK
         file.used_chunks += count
         self._context.storage.reserved(file.device_id, -(count << self._context.chunk_shift))
+        self._look_ahead(file)
+        return file, address(file.number, first)
+
+    def turn(self) -> None:
+        """Append to another file from now on, since this one is about to be synced.
+
+        A write to a file waits while a sync of it holds its lock in the kernel, for 100 ms where much is to be written.
+        Two files in turns part them: what a snapshot has synced is not what its successors are written to.
+        """
+        self._resting, self._file = self._file, None
+        for file in reversed(self._files.own()):
+            if file is not self._resting and self._fits(file, 1) and file.reserved_chunks > file.used_chunks:
+                self._file = file
+                self._look_ahead(file)
+                return
+
+    def _look_ahead(self, file: BackingFile) -> None:
         if self._ahead is None and file.reserved_chunks - file.used_chunks < self._step_chunks() // 2:
             self._ahead = self._tasks.start(self._reserve_ahead(), "reserve")
-        return file, address(file.number, first)
 
     def _step_chunks(self) -> int:
         mapped_bytes = self.mapped_chunks << self._context.chunk_shift
@@ -201,23 +219,34 @@ class Tail:
         assert 0 < count <= self._context.file_chunks
         async with self._making_room:
             while self.room() < count:
-                file = self._newest(count) if self._file is None or not self._fits(self._file, count) else self._file
-                if file is None:
-                    file = await self._files.create(self._place(count), admit_device)
                 try:
-                    await self._use(file, count)
+                    await self._go_on(count, admit_device)
                 except PoolFull:
-                    device_id = self._elsewhere(file, count)
-                    if device_id is None:
+                    file, self._resting = self._resting, None
+                    if file is None or not self._fits(file, count):
                         raise
-                    other = self._newest(count, device_id) or await self._files.create(device_id, admit_device)
-                    await self._use(other, count)
+                    await self._use(file, count)
+
+    async def _go_on(self, count: int, admit_device: AdmitDevice) -> None:
+        file = self._newest(count) if self._file is None or not self._fits(self._file, count) else self._file
+        if file is None:
+            file = await self._files.create(self._place(count), admit_device)
+        try:
+            await self._use(file, count)
+        except PoolFull:
+            device_id = self._elsewhere(file, count)
+            if device_id is None:
+                raise
+            other = self._newest(count, device_id) or await self._files.create(device_id, admit_device)
+            await self._use(other, count)
 
     async def _use(self, file: BackingFile, count: int) -> None:
         """Append to ``file`` from now on, with room for ``count`` more."""
         if file.reserved_chunks - file.used_chunks < count:
             await self._extend_for(file, count)
         self._file = file
+        if file is self._resting:
+            self._resting = None
 
     def _place(self, count: int) -> str:
         return self._context.storage.place(self._volume, count << self._context.chunk_shift)
@@ -242,7 +271,7 @@ class Tail:
             if record.sealed or device_id not in (None, record.device_id):
                 continue
             file = self._files.get(number)
-            if self._fits(file, count):
+            if file is not self._resting and self._fits(file, count):
                 return file
         return None
 

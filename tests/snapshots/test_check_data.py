@@ -32,8 +32,13 @@ async def made(pool: SnapshotPool) -> None:
     await pool.close()
 
 
-def flip(pool: SnapshotPool, chunk: int) -> None:
-    (path,) = (pool.device / "files").iterdir()
+def data_files(pool: SnapshotPool) -> tuple[Path, Path]:
+    """Return what was written before the first snapshot, and what after it."""
+    before, after = sorted((pool.device / "files").iterdir())
+    return before, after
+
+
+def flip(path: Path, chunk: int) -> None:
     content = bytearray(path.read_bytes())
     content[chunk * CHUNK + 5] ^= 1
     path.write_bytes(content)
@@ -52,9 +57,10 @@ async def test_what_is_whole_is_clean_and_all_of_it_is_read(tmp_path: Path) -> N
 async def test_damage_is_named_with_whom_it_concerns(tmp_path: Path) -> None:
     pool = await SnapshotPool(tmp_path).start()
     await made(pool)
-    flip(pool, 3)  # seen by 'a' and the clone alone
-    flip(pool, CHUNKS - 1)  # by all
-    flip(pool, CHUNKS + 7)  # by 'b' and the volume
+    before, after = data_files(pool)
+    flip(before, 3)  # seen by 'a' and the clone alone
+    flip(before, CHUNKS - 1)  # by all
+    flip(after, 7)  # by 'b' and the volume
     assert run(pool.state_dir, repair=False, restore_metadata=False).exit_code == 0, "only --data reads data"
     report = run(pool.state_dir, repair=False, restore_metadata=False, data=True)
     assert report.exit_code == 2
@@ -67,8 +73,7 @@ async def test_damage_is_named_with_whom_it_concerns(tmp_path: Path) -> None:
 async def test_a_file_that_is_cut_is_damaged_and_does_not_end_the_reading(tmp_path: Path) -> None:
     pool = await SnapshotPool(tmp_path).start()
     await made(pool)
-    (path,) = (pool.device / "files").iterdir()
-    os.truncate(path, (CHUNKS + 10) * CHUNK)
+    os.truncate(data_files(pool)[1], 10 * CHUNK)
     report = run(pool.state_dir, repair=False, restore_metadata=False, data=True)
     assert {finding.code for finding in report.findings} == {"file-short", "data-damaged"}
     assert sum(finding.code == "data-damaged" for finding in report.findings) == CHUNKS // 2 - 10

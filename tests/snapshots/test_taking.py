@@ -151,7 +151,7 @@ async def test_a_group_is_taken_as_a_whole_or_not_at_all(pool: SnapshotPool, mon
     # One of the two fails in the middle: the other goes on, and has no snapshot.
     await write(first, CHUNK, b"x" * CHUNK)
     await write(second, CHUNK, b"y" * CHUNK)
-    broken = second._opened.volume.files.own()[0]
+    broken = second._opened.volume.files.unsynced()[0]
 
     def sync(file: BackingFile) -> None:
         if file is broken:
