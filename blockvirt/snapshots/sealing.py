@@ -7,12 +7,13 @@ that fails stays, and waits until it is tried again: for its device where that i
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
-from blockvirt.limits import SEAL_BATCH_CHUNKS, SEAL_BATCH_LEAVES, SEAL_PAUSE_S, SEAL_RETRY_S
+from blockvirt.limits import SEAL_BATCH_CHUNKS, SEAL_BATCH_LEAVES, SEAL_PAUSE_S, SEAL_REST_RATIO, SEAL_RETRY_S
 from blockvirt.lun.address import ADDRESS_MASK, chunk_of, file_of
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord
@@ -113,11 +114,13 @@ class Sealer:
             leaves = leaves[looked:]
             for start in range(0, len(addresses), SEAL_BATCH_CHUNKS):
                 batch = addresses[start : start + SEAL_BATCH_CHUNKS]
+                began_s = time.monotonic()
                 checksums = await self._context.threads.run(partial(self._compute, batch))
                 if not await self._store.commit(partial(_put, branch, epoch, checksums)):
                     return  # the snapshot went meanwhile
                 self.sealed_chunks += len(checksums)
-                await asyncio.sleep(SEAL_PAUSE_S)
+                # Longer where it took longer: what is slow now is what guests wait for.
+                await asyncio.sleep(SEAL_REST_RATIO * (time.monotonic() - began_s))
             await asyncio.sleep(SEAL_PAUSE_S)
         await self._store.commit(lambda writer: writer.delete(Table.SEALS, pair_key(branch, epoch)))
 
