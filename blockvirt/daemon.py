@@ -1,6 +1,7 @@
 """The wiring: everything the daemon consists of, put together in one place and taken apart in reverse order."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ from blockvirt.api.app import Services, build
 from blockvirt.api.idempotency import Idempotency
 from blockvirt.api.server import ApiServer
 from blockvirt.config import Settings
+from blockvirt.limits import GC_NEW_OBJECTS
 from blockvirt.lun.presentation import Presentation
 from blockvirt.metrics import Metrics
 from blockvirt.nbd.listeners import activation_sockets, clear_activation
@@ -193,6 +195,7 @@ async def run(settings: Settings, announce: Callable[[Endpoints], None]) -> None
         loop.add_signal_handler(number, stopping.set)
     daemon = Daemon(settings)
     await daemon.start()
+    collect_seldom()
     try:
         announce(daemon.endpoints)
         notify("READY=1")
@@ -208,6 +211,16 @@ def allow_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def collect_seldom() -> None:
+    """Have the collector of cycles leave alone what lives now, and look less often at what comes.
+
+    Requests make no cycles, yet their objects set it off every 700: 3 % of the processor in a copy-on-write load.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_NEW_OBJECTS)
 
 
 def serve(settings: Settings, announce: Callable[[Endpoints], None]) -> None:

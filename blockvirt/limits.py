@@ -129,5 +129,6 @@ JOB_RETRY_S = 60.0  # a reclaim that met a broken disk is tried again: its space
 JOB_RATE_WINDOW_S = 30.0  # long enough to be steady beside guest I/O, short enough to show that a job got stuck
 JOB_ERROR_CHARS = 1_000  # of a failure's message, kept with the job
 
-# --- threads -------------------------------------------------------------------------------------------------------
+# --- the interpreter -----------------------------------------------------------------------------------------------
+GC_NEW_OBJECTS = 20_000  # that set off a collection of cycles: some MiB of garbage at most, where there is any
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel
