@@ -1,0 +1,94 @@
+"""What an attack is: a harness that tries to make the storage break a promise, over and over, each time from a seed."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+
+class Level(StrEnum):
+    """How long an attack goes on."""
+
+    SAMPLE = "sample"  # a part of every `make test`
+    PROVE = "prove"  # `make prove`, at most 45 minutes for all
+    SOAK = "soak"  # `make soak`, days
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A broken promise."""
+
+    seed: int
+    """Of the trial: with ``--seed`` and ``--count 1`` it comes again."""
+    what: str
+    """What was promised, and what was found."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an attack came to."""
+
+    tried: int = 0
+    """Trials, in the attack's unit."""
+    failures: list[Failure] = field(default_factory=list)
+    figures: dict[str, int] = field(default_factory=dict)
+    """More to show, by name: what was lost, how many crashes, of which kind."""
+
+    def add(self, figure: str, more: int = 1) -> None:
+        """Count something."""
+        self.figures[figure] = self.figures.get(figure, 0) + more
+
+    def fail(self, seed: int, what: str) -> None:
+        """Note a broken promise."""
+        self.failures.append(Failure(seed, what))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much an attack is to do."""
+
+    count: int
+    """Trials."""
+    seed: int
+    """Of the first trial; each further one has the next number."""
+    scratch: Path
+    """An empty directory of its own, short enough for unix sockets; removed afterwards."""
+    say: Callable[[str], None]
+    """Shows progress: one line, now and then."""
+    stop_early: bool = False
+    """The first failure is enough: a planted bug is looked for."""
+    planted: str = ""
+    """The planted bug that servers in processes of their own must be started with (``planted.command``)."""
+
+    def seeds(self, outcome: Outcome) -> Iterator[int]:
+        """Give the seeds of the trials one by one, counting them; ends with the first failure where that is enough."""
+        for seed in range(self.seed, self.seed + self.count):
+            if self.stop_early and outcome.failures:
+                return
+            yield seed
+            outcome.tried += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """One harness."""
+
+    name: str
+    unit: str
+    """What it counts as one trial: "crash states", "power cuts"."""
+    promises: tuple[str, ...]
+    """The invariants that it attacks: "I1" to "I10"."""
+    trials: Mapping[Level, int]
+    """How many at each level."""
+    run: Callable[[Budget], Outcome]
+    requires: tuple[str, ...] = ()
+    """Programs and capabilities, as ``@pytest.mark.requires`` knows them."""
+
+
+def carry_out(
+    attack: Attack, count: int, seed: int, say: Callable[[str], None], *, stop_early: bool = False, planted: str = ""
+) -> Outcome:
+    """Run an attack in a directory of its own."""
+    with tempfile.TemporaryDirectory(prefix="bv-") as scratch:
+        return attack.run(Budget(count, seed, Path(scratch), say, stop_early, planted))

@@ -1,0 +1,14 @@
+"""The attacks, by name."""
+
+import importlib
+
+from tests.attacks.attack import Attack
+
+ATTACKS: tuple[str, ...] = ()
+"""Each a module of this directory with its ``ATTACK``, in the order of the table."""
+
+
+def load(name: str) -> Attack:
+    """Return an attack; raises ModuleNotFoundError."""
+    attack: Attack = importlib.import_module(f"tests.attacks.{name}").ATTACK
+    return attack
