@@ -23,6 +23,7 @@ RESERVE_STEP_MAX_BYTES = 64 * MIB  # what a crash may leave reserved for nothing
 DEVICE_RESERVE_MIN_BYTES = 16 * MIB  # eight journals: volumes that must trim in a full pool open one each
 DEVICE_RESERVE_MAX_BYTES = 1 * GIB  # a hundredth of a large disk would be more than anything there ever needs
 PUNCHES_PER_BATCH = 64  # punches between two looks at other work: each stalls its file's writes for up to 8 ms on XFS
+PUNCH_BATCH_ROWS = 4_096  # that they may come from: 20 ms of a transaction
 PUNCH_PAUSE_S = 0.02  # between two batches
 MAX_SNAPSHOTS = 1_000_000  # of the pool: a minute's snapshot of 100 volumes, kept for a week; 1 KiB of metadata each
 MAX_GROUP_VOLUMES = 256  # snapshotted in one instant: frozen in one piece of the event loop, 100 us each

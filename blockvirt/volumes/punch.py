@@ -14,13 +14,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
-from blockvirt.limits import PUNCH_PAUSE_S, PUNCHES_PER_BATCH
+from blockvirt.limits import PUNCH_BATCH_ROWS, PUNCH_PAUSE_S, PUNCHES_PER_BATCH
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord, punch_count
-from blockvirt.meta.store import Reader, Writer
+from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import backing_path
 from blockvirt.syscalls import punch_hole
 from blockvirt.volumes.checksums import forget_checksums
@@ -29,12 +30,27 @@ from blockvirt.volumes.context import VolumeContext
 log = logging.getLogger("blockvirt.punch")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Punch:
+    """One hole, for neighbouring rows: chunks that were written together are freed one by one, and lie side by side."""
+
     file: FileRecord | None
     number: int
     chunk: int
-    count: int
+    counts: list[int]
+    """How many chunks each row has, in order."""
+
+    @property
+    def count(self) -> int:
+        """How many chunks all of them have."""
+        return sum(self.counts)
+
+    def rows(self) -> Iterator[tuple[bytes, int]]:
+        """Give each row's key and number of chunks."""
+        chunk = self.chunk
+        for count in self.counts:
+            yield pair_key(self.number, chunk), count
+            chunk += count
 
 
 @dataclass(slots=True, eq=False)
@@ -131,54 +147,62 @@ class Puncher:
 
     def _batch(self, after: bytes) -> tuple[list[_Punch], bytes]:
         batch: list[_Punch] = []
+        rows = 0
         with self._store.read() as reader:
             for key, stored in reader.scan(Table.PUNCH, start=after):
                 number, chunk = split_pair(key)
                 try:
                     count = punch_count(key, stored)
-                    batch.append(_Punch(self._file(reader, number), number, chunk, count))
+                    last = batch[-1] if batch else None
+                    if last is not None and (number, chunk) == (last.number, last.chunk + last.count):
+                        last.counts.append(count)
+                    elif len(batch) == PUNCHES_PER_BATCH:
+                        break
+                    else:
+                        file = reader.record(FileRecord, Table.FILES, number_key(number))
+                        batch.append(_Punch(file, number, chunk, [count]))
                 except DamagedRecord as error:
                     log.error("%s", error)
                     self._stays(number, error.message, error.correction)
                 after = key + b"\0"
-                if len(batch) == PUNCHES_PER_BATCH:
+                rows += 1
+                if rows == PUNCH_BATCH_ROWS:
                     break
         return batch, after
 
-    def _file(self, reader: Reader, number: int) -> FileRecord | None:
-        return reader.record(FileRecord, Table.FILES, number_key(number))
-
     async def _punch(self, batch: Sequence[_Punch]) -> None:
         await self._drained()
-        paths = self._storage.paths()
         done: list[_Punch] = []
-        for punch in batch:
-            if punch.file is None:
-                done.append(punch)
-            elif folder := paths.get(punch.file.device_id):
-                path = backing_path(folder, punch.file.branch, punch.number)
-                problem = await self._threads.run(partial(self._punch_one, path, punch))
-                if problem:
-                    self._stays(punch.number, problem, "check the disk and its mount; it is tried again by itself")
-                else:
-                    done.append(punch)
-            else:
-                self._away(punch.file)
+        for _, neighbours in groupby(batch, lambda punch: punch.number):
+            punches = list(neighbours)
+            done += punches if punches[0].file is None else await self._punch_file(punches[0].file, punches)
 
-        def forget(writer: Writer) -> list[_Punch]:
+        def forget(writer: Writer) -> list[int]:
             # A row that went meanwhile, with its whole volume, is not ours to count.
             for punch in done:
                 forget_checksums(writer, punch.number, punch.chunk, punch.count)
-            return [punch for punch in done if writer.delete(Table.PUNCH, pair_key(punch.number, punch.chunk))]
+            return [sum(count for key, count in punch.rows() if writer.delete(Table.PUNCH, key)) for punch in done]
 
         async with self._storage.counting:
-            for punch in await self._store.commit(forget):
+            for punch, chunks in zip(done, await self._store.commit(forget), strict=True):
                 if punch.file is not None:
-                    self._storage.mapped(punch.file.device_id, punch.number, -punch.count)
+                    self._storage.mapped(punch.file.device_id, punch.number, -chunks)
         for turn in self._turns:
             if chunks := sum(punch.count for punch in done if punch.number in turn.files):
                 turn.done_chunks += chunks
                 turn.changed.set()
+
+    async def _punch_file(self, file: FileRecord, punches: Sequence[_Punch]) -> Sequence[_Punch]:
+        """Punch holes into one file; returns those that are done."""
+        folder = self._storage.paths().get(file.device_id)
+        if folder is None:
+            self._away(file)
+            return ()
+        path = backing_path(folder, file.branch, file.number)
+        done, problem = await self._threads.run(partial(self._punch_all, path, punches))
+        if problem:
+            self._stays(file.number, problem, "check the disk and its mount; it is tried again by itself")
+        return done
 
     def _away(self, file: FileRecord) -> None:
         problem, correction = "its device was away", "it is tried again by itself"
@@ -188,20 +212,25 @@ class Puncher:
             problem, correction = fault.message, fault.correction
         self._stays(file.number, problem, correction)
 
-    def _punch_one(self, path: Path, punch: _Punch) -> str:
-        """Punch; returns what went wrong."""
+    def _punch_all(self, path: Path, punches: Sequence[_Punch]) -> tuple[Sequence[_Punch], str]:
+        """Punch one after the other; returns those that are done, and why others are not. Blocks."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return ""
+            return punches, ""
         except OSError as error:
             log.error("cannot open %s to give freed chunks back: %s", path, error)
-            return f"{path} cannot be opened: {error.strerror}"
+            return (), f"{path} cannot be opened: {error.strerror}"
+        done: list[_Punch] = []
+        problem = ""
         try:
-            punch_hole(fd, punch.chunk << self._chunk_shift, punch.count << self._chunk_shift)
-            return ""
-        except OSError as error:
-            log.error("cannot punch %d chunks out of %s: %s", punch.count, path, error)
-            return f"{path} cannot be punched: {error.strerror}"
+            for punch in punches:
+                try:
+                    punch_hole(fd, punch.chunk << self._chunk_shift, punch.count << self._chunk_shift)
+                    done.append(punch)
+                except OSError as error:
+                    log.error("cannot punch %d chunks out of %s: %s", punch.count, path, error)
+                    problem = f"{path} cannot be punched: {error.strerror}"
         finally:
             os.close(fd)
+        return done, problem
