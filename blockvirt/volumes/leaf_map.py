@@ -32,7 +32,8 @@ class LeafCache:
     def admit(self, owner: "LeafMap", number: int) -> None:
         """Note that ``owner`` loaded a leaf, and evict others where the budget is used up."""
         self._ring.append((owner, number))
-        for _ in range(_SWEEP):
+        # Never as far as the new one, however small the budget: its owner is about to change it.
+        for _ in range(min(_SWEEP, len(self._ring) - 1)):
             if len(self._ring) <= self._limit:
                 return
             other, candidate = self._ring.popleft()

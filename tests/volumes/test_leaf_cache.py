@@ -1,5 +1,6 @@
 """The budget of resident leaves: unused ones leave, changed ones ask for a checkpoint and then leave."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from blockvirt.limits import LEAF_CHUNKS
@@ -29,5 +30,17 @@ async def test_the_budget_holds_for_read_and_for_changed_leaves(tmp_path: Path) 
     for leaf in range(LEAVES):
         assert await read(handle, leaf * LEAF_BYTES, 2) == bytes([leaf + 1, 0])
     assert len(volume.map.leaves) <= BUDGET + 1
+    await handle.close()
+    await pool.close()
+
+
+async def test_the_smallest_budget_keeps_the_leaf_that_is_being_changed(tmp_path: Path) -> None:
+    pool = await Pool(tmp_path, replace(SETTINGS, leaf_cache_bytes=1)).start()
+    handle = await pool.open(await pool.volume(2 * LEAF_BYTES))
+    await write(handle, 0, b"a" * 4096)
+    await write(handle, LEAF_BYTES, b"b" * 4096)
+    # Two entries of the second leaf, which is not in memory: the first loads it, the second must find what that did.
+    await write(handle, LEAF_BYTES + 4096 + 512, b"c" * 4096)
+    assert await read(handle, LEAF_BYTES, 8192) == b"b" * 4096 + bytes(512) + b"c" * 3584
     await handle.close()
     await pool.close()
