@@ -21,7 +21,7 @@ async def test_the_budget_holds_for_read_and_for_changed_leaves(tmp_path: Path) 
         leaf_cache_bytes=BUDGET * LEAF_MEMORY_BYTES,
     )
     pool = await Pool(tmp_path, settings).start()
-    handle = await pool.open(await pool.volume(LEAVES * LEAF_BYTES))
+    handle = await pool.open(await pool.volume(2 * LEAVES * LEAF_BYTES))
     volume = handle._opened.volume
     for leaf in range(LEAVES):
         await write(handle, leaf * LEAF_BYTES, bytes([leaf + 1]))
@@ -29,6 +29,8 @@ async def test_the_budget_holds_for_read_and_for_changed_leaves(tmp_path: Path) 
     await handle._opened.checkpointer.run_all()
     for leaf in range(LEAVES):
         assert await read(handle, leaf * LEAF_BYTES, 2) == bytes([leaf + 1, 0])
+    for leaf in range(LEAVES, 2 * LEAVES):  # what is loaded now takes the place of the others
+        assert await read(handle, leaf * LEAF_BYTES, 1) == b"\0"
     assert len(volume.map.leaves) <= BUDGET + 1
     await handle.close()
     await pool.close()
