@@ -36,7 +36,7 @@ class Bug:
     """It is caught in a few seconds: a part of `make test`; else of `make prove` only."""
 
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("fsx", "kills")
 """One for each attack that has planted bugs: ``tests.attacks.planted.NAME``, with its ``BUGS``."""
 
 
