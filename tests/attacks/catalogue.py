@@ -4,7 +4,7 @@ import importlib
 
 from tests.attacks.attack import Attack
 
-ATTACKS: tuple[str, ...] = ("fsx",)
+ATTACKS: tuple[str, ...] = ("fsx", "kills")
 """Each a module of this directory with its ``ATTACK``, in the order of the table."""
 
 

@@ -1,0 +1,231 @@
+"""One trial: a daemon is killed in a story, and what it leaves is compared with what may be there."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from blockvirt import check
+from tests.attacks.attack import Outcome
+from tests.attacks.kills_clients import Died
+from tests.attacks.kills_daemon import Daemon, DaemonFailed, ForkServer, Pool, Shot
+from tests.attacks.kills_driver import Driver
+from tests.attacks.kills_model import Expected, World
+from tests.attacks.kills_scenarios import SCENARIOS, Scenario, leave, prepare
+
+MODES = ("calls", "lines")
+_GOLDEN = 0.6180339887498949
+_STRIDE = 19
+"""Seeds that are neighbours do not tell the same story; no divisor of the number of stories and modes."""
+_EXACT, _TARGETS = 100_000_000, 1_000_000
+_APART = 0.25
+"""So many trials go on in another mount namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a seed stands for."""
+
+    slot: int
+    """The place of the story and the mode in ``SLOTS``."""
+    fraction: float
+    """How far into the story the kill comes: of all its calls, or lines."""
+    target: int
+    """The call or line, from 1 on, instead of a fraction; 0: by the fraction."""
+    is_apart: bool
+    """The daemon starts again in a mount namespace of its own."""
+
+    @property
+    def scenario(self) -> Scenario:
+        """The story."""
+        return SLOTS[self.slot][0]
+
+    @property
+    def mode(self) -> str:
+        """What is counted."""
+        return SLOTS[self.slot][1]
+
+
+SLOTS = [(scenario, mode) for scenario in SCENARIOS for mode in MODES if mode == "calls" or scenario.base != "none"]
+
+
+def plan_of(seed: int) -> Plan:
+    """Return the plan of a seed: each story in turn, and in each the kills come ever closer to one another.
+
+    Seeds from ``_EXACT`` on name the very call or line, see ``exact``: by them a failure comes again.
+    """
+    if seed >= _EXACT:
+        place, target = divmod(seed - _EXACT, _TARGETS)
+        return Plan(place // 2, 0.0, target, bool(place % 2))
+    step, place = divmod(seed, len(SLOTS))
+    fraction = (step * _GOLDEN + place * _GOLDEN**2) % 1.0
+    return Plan(place * _STRIDE % len(SLOTS), fraction, 0, random.Random(seed).random() < _APART)
+
+
+def exact(slot: int, target: int, *, is_apart: bool = False) -> int:
+    """Return the seed of a kill at a certain call or line of a story; the next seed is the kill at the next one."""
+    return _EXACT + (2 * slot + is_apart) * _TARGETS + target
+
+
+def slot_of(name: str, mode: str) -> int:
+    """Return the slot of a story and a mode."""
+    return next(slot for slot, (scenario, other) in enumerate(SLOTS) if (scenario.name, other) == (name, mode))
+
+
+class Broken(AssertionError):
+    """A promise was broken."""
+
+
+class Range:
+    """The pools, and what one run over many trials shares."""
+
+    def __init__(self, folder: Path, planted: str, outcome: Outcome) -> None:
+        self._folder = folder
+        self._outcome = outcome
+        self._stack = ExitStack()
+        self._pool = Pool(folder)
+        self._server = ForkServer(planted)
+        self._stack.callback(self._server.close)
+        self._worlds = {"none": World(devices={"disk1"})}
+        self._streams: dict[str, bytes] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+        self._where = ""
+        """What the daemon was about to do when it was killed."""
+
+    def __enter__(self) -> Self:
+        logging.getLogger("blockvirt").addHandler(_SILENCE)  # what the check in this process has to say is looked at
+        self._stack.callback(logging.getLogger("blockvirt").removeHandler, _SILENCE)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # --- the pools that stories begin with ---------------------------------------------------------------------------
+
+    def _base(self, name: str) -> World:
+        """Have the pool as a story begins with it; returns what it holds."""
+        if name == "none":
+            self._pool.begin()
+            return self._worlds["none"].copy()
+        kept = self._folder / name
+        if name not in self._worlds:
+            before = self._base("clean" if name == "dirty" else "none")
+            with self._running(Shot(), before, seed=1) as driver:
+                (leave if name == "dirty" else prepare)(driver)
+                if name == "clean":
+                    driver.close()
+                    driver.daemon.await_sealing()
+                    driver.daemon.stop()
+            self._worlds[name] = driver.world
+            self._pool.keep(kept)
+        else:
+            self._pool.restore(kept)
+        return self._worlds[name].copy()
+
+    @contextmanager
+    def _running(
+        self, shot: Shot, world: World, seed: int, *, armed: bool = False, apart: bool = False
+    ) -> Iterator[Driver]:
+        with Daemon(self._server, self._pool, shot, armed=armed, is_apart=apart) as daemon:
+            driver = Driver(daemon, world, seed, self._streams, self._pool.root)
+            try:
+                if not daemon.ready():
+                    raise Died("the daemon was killed as it started")
+                yield driver
+            finally:
+                driver.close()
+
+    def count(self, scenario: Scenario, mode: str) -> int:
+        """Return how many calls or lines a story has: by telling it once."""
+        key = (scenario.name, mode)
+        if key not in self._counts:
+            world = self._base(scenario.base)
+            with self._running(Shot(mode), world, 0, armed=scenario.armed) as driver:
+                if not scenario.armed:
+                    driver.daemon.arm()
+                scenario.tell(driver)
+                driver.daemon.stop()
+                self._counts[key] = driver.daemon.seen()
+        return self._counts[key]
+
+    # --- a trial ----------------------------------------------------------------------------------------------------
+
+    def trial(self, seed: int) -> None:
+        """Carry out the trial of a seed; failures go to the outcome."""
+        plan = plan_of(seed)
+        target = plan.target or 1 + int(plan.fraction * self.count(plan.scenario, plan.mode))
+        self._pool.log.unlink(missing_ok=True)
+        self._where = "its end"
+        try:
+            expected = self._kill(plan, Shot(plan.mode, target), self._base(plan.scenario.base))
+            self._judge(plan, expected)
+            if "Traceback" in self._pool.log.read_text(errors="replace"):
+                raise Broken(f"the daemon logged a fault of its own: {self._pool.log_tail()}")
+        except AssertionError as error:
+            story = f"{plan.scenario.name}, {plan.mode[:-1]} {target}: killed at {self._where}"
+            self._outcome.fail(exact(plan.slot, target, is_apart=plan.is_apart), f"{story}: {error}")
+
+    def _kill(self, plan: Plan, shot: Shot, world: World) -> Expected:
+        """Tell the story up to the kill; returns what may be found."""
+        scenario = plan.scenario
+        with Daemon(self._server, self._pool, shot, armed=scenario.armed, is_apart=False) as daemon:
+            driver = Driver(daemon, world, 0, self._streams, self._pool.root)
+            try:
+                if daemon.ready():
+                    if not scenario.armed:
+                        daemon.arm()
+                    scenario.tell(driver)
+            except Died as error:
+                if not daemon.is_dying():
+                    raise Broken(f"the daemon lives and has dropped a connection: {error}") from error
+            finally:
+                code = daemon.stop()
+                self._where = daemon.killed_at() or self._where
+                driver.close()
+        if code not in (0, -signal.SIGKILL):
+            raise DaemonFailed(f"the daemon ended with code {code}: {self._pool.log_tail()}")
+        self._outcome.add("answers kept", driver.answers)
+        self._outcome.add(f"kills at {plan.mode}" if daemon.was_shot else "not reached")
+        return driver.expected
+
+    def _judge(self, plan: Plan, expected: Expected) -> None:
+        """Compare what is there with what may be, after a check, a restart, more writes, and another check."""
+        if plan.scenario.base != "none":
+            self._check("after the kill")
+        with self._running(Shot(), World(), seed=2, apart=plan.is_apart) as driver:
+            found = driver.look()
+            if broken := expected.broken(found):
+                raise Broken(f"after the restart: {'; '.join(broken)}")
+            if expected.instead is not None:
+                self._outcome.add("found done" if expected.is_done(found) else "found undone")
+            driver.expected.answered = found
+            driver.wait_for_all()
+            for volume in found.volumes:
+                driver.write(volume, (0.125, 0.25), (410.25, 0.125), (411.5, 0.25), (508.5, 1))
+            broken = Expected(driver.world).broken(driver.look())
+            if broken:
+                raise Broken(f"after further writes: {'; '.join(broken)}")
+            driver.close()
+            if code := driver.daemon.stop():
+                raise DaemonFailed(f"the daemon ended with code {code} after the restart: {self._pool.log_tail()}")
+        self._check("after the end of the restarted daemon")
+        self._outcome.add("snapshots compared", sum(len(volume.snapshots) for volume in found.volumes.values()))
+        self._outcome.add("other mount namespaces", int(plan.is_apart))
+
+    def _check(self, when: str) -> None:
+        report = check.run(self._pool.state, repair=False, restore_metadata=False)
+        if report.exit_code not in (check.CLEAN, check.LEAKS):
+            raise Broken(f"the check {when}: {report.summary}: {report.findings[0]}")
+        self._outcome.add(f"leaks {when}", int(report.exit_code == check.LEAKS))
+
+
+_SILENCE = logging.NullHandler()
