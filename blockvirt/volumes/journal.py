@@ -8,6 +8,7 @@ store into a mapped file of a failed filesystem is a SIGBUS or silence, ``pwrite
 import errno
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -196,12 +197,13 @@ class Journal:
     def note_stop(self, reason: str) -> None:
         """Leave word that the volume stopped for I7: recovery must trust nothing but durable marks."""
         for fd in self._fds:
-            os.pwrite(fd, b"STOPPED " + reason.encode()[:512] + b"\0", BLOCK_BYTES)
+            os.pwrite(fd, _stop_note(reason), BLOCK_BYTES)
 
     def close(self, *, remove: bool) -> None:
-        """Close the files; ``remove`` them where a checkpoint covers everything. Blocks."""
-        for fd in self._fds:
-            os.close(fd)
+        """Close the files; ``remove`` them where a checkpoint covers everything. Blocks. Raises OSError."""
+        with ExitStack() as closing:  # both, whatever becomes of one
+            for fd in self._fds:
+                closing.callback(os.close, fd)
         if remove:
             unlink_files(self.paths)
 
@@ -266,6 +268,20 @@ def _either_header(contents: list[bytes]) -> JournalHeader:
         return unpack_header(contents[0][:BLOCK_BYTES])
     except DamagedRecord:
         return unpack_header(contents[1][:BLOCK_BYTES])
+
+
+def leave_stop_note(paths: tuple[Path, Path], reason: str) -> None:
+    """As ``Journal.note_stop``, in a pair that was left behind. Blocks; raises OSError."""
+    for path in paths:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.pwrite(fd, _stop_note(reason), BLOCK_BYTES)
+        finally:
+            os.close(fd)
+
+
+def _stop_note(reason: str) -> bytes:
+    return b"STOPPED " + reason.encode()[:512] + b"\0"
 
 
 def _stop_reason(block: bytes) -> str:

@@ -2,7 +2,9 @@
 
 Same page cache as the journal was written through (only the daemon died): every uncovered frame is replayed, nothing
 that was answered is lost, flushed or not (I3b). Another one (a reboot, a filesystem mounted anew), or the volume had
-stopped for I7, or the first sync fails: the oldest uncovered generation is replayed up to the last durable mark.
+stopped for I7: the oldest uncovered generation is replayed up to the last durable mark. A sync of recovery that fails
+stops the volume as any other does: what answered writes left in the page cache may be gone, and whoever relies on it
+must be told.
 
 Both end alike: files are cut back to the high-water mark that this gives and synced, freed addresses are queued for
 punching, one metadata commit covers it all, and only then is the journal removed. Twice gives the same as once.
@@ -13,7 +15,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from blockvirt.errors import DamagedRecord
+from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.limits import RECLAIM_BATCH_VERSIONS
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.meta.keys import Table, number_key
@@ -22,9 +24,10 @@ from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import BackingFile, backing_path, unlink_files
 from blockvirt.volumes.commit import FileChange, MapChange, leaf_rows, write_map
 from blockvirt.volumes.context import VolumeContext, files_of
-from blockvirt.volumes.journal import FoundJournal
+from blockvirt.volumes.journal import FoundJournal, leave_stop_note
 from blockvirt.volumes.journal_frames import Change, Frame, Kind, read_frames
 from blockvirt.volumes.leaf_map import LeafCache, LeafMap
+from blockvirt.volumes.versions import branch_record
 
 log = logging.getLogger("blockvirt.recovery")
 
@@ -91,7 +94,8 @@ class Replay:
 def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Recovery:
     """Bring a branch's map up to what the journal says, durably, and remove the journal. Blocks; run in a thread.
 
-    Raises DeviceFault where a device or a file is missing (the journal stays), DamagedRecord, MetadataFault, OSError.
+    Raises DeviceFault where a device or a file is missing (the journal stays), DamagedRecord, MetadataFault, OSError:
+    where a sync failed, the volume waits for ``volume reopen`` from then on.
     """
     records = files_of(context.store, branch.number)
     complete = not found.stop_reason and _same_page_cache(context, found, records)
@@ -99,18 +103,13 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     replay = _replay(context, branch, records, frames)
     files = _open(context, branch, records, replay)
     try:
+        for file in files:
+            file.cut()
         try:
-            _cut_and_sync(files, forget=not complete)
-        except OSError:
-            if not complete:
-                raise
-            log.exception("branch %d: the first sync of recovery failed: trusting durable marks only", branch.number)
-            complete = False
-            frames = _frames(branch, found, complete=False)
-            replay = _replay(context, branch, records, frames)
-            for file in files:
-                file.used_chunks = replay.used[file.number]
-            _cut_and_sync(files, forget=True)
+            _sync(files, forget=not complete)
+        except OSError as error:
+            _note_stop(context, branch, found, f"its data cannot be synced in recovery: {error}")
+            raise
         _commit(context, branch, records, replay)
     finally:
         for file in files:
@@ -127,7 +126,9 @@ def go_back_to_disk(context: VolumeContext, branch: BranchRecord) -> None:
     records = files_of(context.store, branch.number)
     files = _open(context, branch, records, Replay(context, branch, records))
     try:
-        _cut_and_sync(files, forget=True)
+        for file in files:
+            file.cut()
+        _sync(files, forget=True)
     finally:
         for file in files:
             file.close()
@@ -186,12 +187,28 @@ def _open(context: VolumeContext, branch: BranchRecord, records: list[FileRecord
     return files
 
 
-def _cut_and_sync(files: list[BackingFile], *, forget: bool) -> None:
+def _sync(files: list[BackingFile], *, forget: bool) -> None:
     for file in files:
-        file.cut()
         file.sync()
         if forget:
             file.forget_cached()
+
+
+def _note_stop(context: VolumeContext, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
+    """Leave word that the page cache is not to be trusted any more: the next recovery must not take it for whole."""
+    try:
+        leave_stop_note(found.paths, reason)
+    except OSError as error:
+        log.error("branch %d: cannot leave word in its journal: %s", branch.number, error)
+
+    def change(writer: Writer) -> None:
+        stored = branch_record(writer, branch.number)
+        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=reason))
+
+    try:
+        context.store.commit_now(change)
+    except BlockvirtError as error:
+        log.error("branch %d: cannot note in the metadata that it stopped: %s", branch.number, error)
 
 
 def _commit(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay) -> None:

@@ -13,6 +13,7 @@ from blockvirt.errors import DeviceFault, InUse, VolumeStopped
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Writer
+from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes import leftovers
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.context import VolumeContext
@@ -191,6 +192,51 @@ async def test_a_stopped_volume_is_shown_as_such_at_every_moment(pool: Pool, mon
     assert catalogue.get("v").state == "available"
     handle = await pool.open(volume_id)
     assert (catalogue.get("v").state, catalogue.get("v").damage) == ("in-use", "")
+    await handle.close()
+
+
+async def test_a_failed_sync_of_recovery_stops_the_volume(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered is gone then: a guest that reconnects must hear of it, and no later try may believe in it."""
+    handle = await pool.open(volume_id := await pool.volume(SIZE, "v"))
+    await write(handle, 0, b"flushed!" * 512)
+    await handle.flush()
+    await write(handle, 4096, b"answered" * 512)
+    await abandon(pool, power_cut=False)
+    with monkeypatch.context() as patched:
+        failing = FailingSyncs(patched, "files")
+        await pool.start()
+        assert failing.asked == 1
+        with pytest.raises(VolumeStopped, match="v has stopped"):
+            await pool.open(volume_id)
+        with pytest.raises(DeviceFault, match="cannot be recovered"):
+            await pool.engine.registry.reopen(volume_id)  # the disk is not mended
+    with pytest.raises(VolumeStopped):
+        await pool.open(volume_id)
+    await pool.engine.registry.reopen(volume_id)
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 8192) == b"flushed!" * 512 + bytes(4096)
+    await handle.close()
+    assert not findings(pool)
+
+
+async def test_a_recovery_that_cannot_cut_a_file_loses_nothing(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE, "v"))
+    await write(handle, 0, b"answered" * 512)
+    await abandon(pool, power_cut=False)
+    tried: list[Path] = []
+    real = BackingFile.cut
+
+    def cut(self: BackingFile) -> None:
+        tried.append(self.path)
+        if len(tried) == 1:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        real(self)
+
+    monkeypatch.setattr(BackingFile, "cut", cut)
+    await pool.start()
+    assert len(tried) == 1, "it is tried again when somebody wants the volume"
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 4096) == b"answered" * 512
     await handle.close()
 
 
