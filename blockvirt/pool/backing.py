@@ -81,7 +81,6 @@ class BackingFile:
                     correction="bring the file back, or restore the volume from a copy",
                 ) from None
             self.fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            sync_directory(self.path.parent)
         except OSError as error:
             raise DeviceFault(
                 f"cannot open backing file {self.path}: {error.strerror}",
@@ -89,8 +88,16 @@ class BackingFile:
             ) from error
         if read_only:
             return
+        try:
+            self._take_over()
+        except OSError:
+            self.close()
+            raise
+
+    def _take_over(self) -> None:
         if not self.used_chunks:
             os.ftruncate(self.fd, 0)  # nothing in it was ever handed out: what is there must not show
+            sync_directory(self.path.parent)  # of one that is there already too: whoever made it may not have come here
         self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift
         if self.reserved_chunks < self.used_chunks:
             # Truncated from outside. What is left can be read; appending would fill the gap with zeros.
@@ -174,10 +181,13 @@ class BackingFile:
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the descriptor. Whoever wrote must have synced before: closing can lose the error."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close the descriptor; never raises. Whoever wrote must have synced before: what counts is durable by then."""
+        fd, self.fd = self.fd, -1  # it is gone whatever the call says, and its number may be somebody else's next
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError as error:
+                log.error("closing %s: %s", self.path, error)
 
 
 def sync_directory(path: Path) -> None:

@@ -135,16 +135,9 @@ class BranchFiles:
                 except OSError as error:
                     log.error("space reserved ahead in %s is not given back: %s", file.path, error)
                 finally:
-                    _close(file)
+                    file.close()
 
         await self._context.threads.run(close_all)
-
-
-def _close(file: BackingFile) -> None:
-    try:
-        file.close()
-    except OSError as error:  # what counts was synced before
-        log.error("closing %s: %s", file.path, error)
 
 
 class Tail:

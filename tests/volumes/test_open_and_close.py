@@ -85,17 +85,17 @@ async def test_closing_meets_a_broken_disk(pool: Pool, monkeypatch: pytest.Monke
     second = await pool.open(second_id := await pool.volume(SIZE))
     for handle in (first, second):
         await write(handle, 0, b"a" * 4096)
-    real = BackingFile.close
+    real = os.close
 
-    def broken(self: BackingFile) -> None:
-        real(self)
+    def broken(fd: int) -> None:
+        real(fd)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patched:
         if what == "close":
-            patched.setattr(BackingFile, "close", broken)
+            patched.setattr(os, "close", broken)
         else:
-            patched.setattr(BackingFile, "cut", lambda _self: broken(_self))
+            patched.setattr(BackingFile, "cut", lambda self: broken(os.dup(self.fd)))
         await first.close()
         await pool.engine.registry.close()  # one volume's trouble does not keep the next from closing
     assert not open_files(pool.device / "files")
