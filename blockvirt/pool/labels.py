@@ -5,6 +5,7 @@ the canonical JSON of the other fields. Written once, atomically, after everythi
 """
 
 import contextlib
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -88,7 +89,9 @@ def write_label(directory: Path, label: DeviceLabel) -> None:
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
-            os.write(fd, encode_label(label))
+            content = encode_label(label)
+            if os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(fd)
         finally:
             os.close(fd)

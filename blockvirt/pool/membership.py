@@ -9,6 +9,7 @@ from pathlib import Path
 from blockvirt.errors import DeviceFault, Exists, InUse, LimitReached
 from blockvirt.limits import MAX_DEVICES
 from blockvirt.meta.records import DeviceRecord
+from blockvirt.pool.backing import sync_directory
 from blockvirt.pool.devices import (
     COPIES,
     FILES,
@@ -62,6 +63,8 @@ def add_device(wanted: DeviceRecord, pool_id: str, members: Sequence[DeviceRecor
             (path / folder).mkdir(mode=0o700, exist_ok=True)
         if device_id is None:
             write_label(path, DeviceLabel(record.id, pool_id, record.added_s))
+        else:
+            sync_directory(path)  # the add that was interrupted may not have come to it
     except OSError as error:
         raise DeviceFault(
             f"device {wanted.name}: {path} cannot be labelled: {error.strerror}",

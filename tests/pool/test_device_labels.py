@@ -27,6 +27,15 @@ def test_a_label_comes_back(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [LABEL_FILE]
 
 
+def test_a_label_that_was_cut_short_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", lambda fd, data: real(fd, data[: len(data) // 2]))
+        with pytest.raises(OSError, match="No space left"):
+            write_label(tmp_path, LABEL)
+    assert list(tmp_path.iterdir()) == []
+
+
 @given(at=st.integers(0, len(encode_label(LABEL)) - 2), bit=st.integers(0, 7))
 def test_one_flipped_bit_is_found(at: int, bit: int) -> None:
     content = bytearray(encode_label(LABEL))

@@ -85,6 +85,27 @@ def test_an_interrupted_add_is_taken_up(tmp_path: Path) -> None:
     assert added(tmp_path / "cut", "disk2", (first,)).id != first.id
 
 
+def test_an_add_whose_last_sync_failed_is_synced_when_it_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut would take the label, and what is on the disk by then could not be used."""
+    (path := tmp_path / "disk").mkdir()
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+        if synced[-1] == str(path) and len(synced) == 2:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DeviceFault, match="cannot be labelled"):
+        added(path)
+    added(path)
+    assert synced == [str(path / f"{LABEL_FILE}.new"), str(path), str(path)]
+
+
 def test_a_missing_directory(tmp_path: Path) -> None:
     refused(tmp_path / "gone", wanted(tmp_path / "gone"), "missing")
     (tmp_path / "file").touch()
