@@ -140,7 +140,7 @@ class Store:
         try:
             with env.begin(write=True) as transaction:
                 tables = {table: env.open_db(table.value, transaction, create=True) for table in Table}
-            if is_new:
+            if create:  # not only where it is new: whoever made it may not have come to this
                 for directory in (path, path.parent):
                     _sync_directory(directory)
             store = cls(path, env, tables, Reserve(data_file, reserve_bytes))

@@ -1,6 +1,7 @@
 """The store: what a change puts is there for readers, alone or with others; failures keep to themselves."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,6 +53,28 @@ async def test_a_commit_returns_its_changes_value_and_survives_reopening(tmp_pat
     )
     again.close()
     again.close()
+
+
+def test_its_directory_is_synced_though_an_earlier_start_failed_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut would take the file with all that was committed."""
+    path = tmp_path / "metadata"
+    synced: list[str] = []
+    fails = True
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        if fails:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(MetadataFault, match="cannot be opened"):
+        Store.open(path, create=True)
+    fails = False
+    synced.clear()
+    Store.open(path, create=True).close()
+    assert synced == [str(path), str(tmp_path)]
 
 
 async def test_changes_that_wait_together_share_a_transaction(store: Store) -> None:
