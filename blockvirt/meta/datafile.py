@@ -13,6 +13,7 @@ from pathlib import Path
 import lmdb.verify
 
 from blockvirt.errors import MetadataFault
+from blockvirt.meta.page_order import page_order_problems
 
 DATA_FILE = "data.mdb"
 _MAGIC = 0xBEEFC0DE
@@ -74,9 +75,10 @@ def structural_problems(data_file: Path) -> list[str]:
     """Walk every page of ``data_file`` without mapping it and return what is wrong, in words; empty: nothing."""
     walk: Callable[..., list[str]] = lmdb.verify.verify
     try:
-        return walk(str(data_file), subdir=False)
+        problems = walk(str(data_file), subdir=False)
     except lmdb.verify.VerifyError as error:
         return [str(error)]
+    return problems or page_order_problems(data_file, read_facts(data_file).page_bytes)
 
 
 def _meta(data_file: Path, page: bytes) -> tuple[int, int, int, int, bytes, bytes, int, int]:
