@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import MAX_CHUNK_BYTES, MAX_VOLUME_BYTES, MIN_CHUNK_BYTES
 from blockvirt.meta.findings import Finding, corrupt, leak
-from blockvirt.meta.keys import POOL_KEY, Table, number_key, unit_key, volume_unit_key
+from blockvirt.meta.keys import POOL_KEY, Table, number_key, split_deadline, unit_key, volume_unit_key
 from blockvirt.meta.records import (
     DeviceRecord,
     HostRecord,
@@ -85,6 +85,9 @@ def _check_trashed(rows: Rows, key: bytes, record: VolumeRecord, what: str) -> I
         yield corrupt("trash-index", what, "it was put into the trash, which does not list it")
     if not in_trash and rows.has(Table.TRASH, key):
         yield corrupt("trash-index", what, "the trash lists it, and it is not there")
+    listed_s = split_deadline(rows.reader.get(Table.TRASH, key) or b"")
+    if in_trash and listed_s is not None and listed_s != record.purge_at_s:
+        yield corrupt("trash-index", what, f"the trash lists it until {listed_s}, its record says {record.purge_at_s}")
     if in_trash and record.purge_at_s <= 0:
         yield corrupt("bad-value", what, "it is in the trash without a deadline")
 

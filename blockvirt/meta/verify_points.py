@@ -110,7 +110,11 @@ def check_points(rows: Rows) -> Iterator[Finding]:
         if kind not in sizes or sizes[kind] not in (None, len(key)):
             yield corrupt("unknown-row", f"point {shown(key)}", "its key cannot be understood")
             continue
-        branch, epoch, who = split_point(key)
+        try:
+            branch, epoch, who = split_point(key)
+        except UnicodeDecodeError:
+            yield corrupt("unknown-row", f"point {shown(key)}", "it is kept for a snapshot whose id is no text")
+            continue
         what = f"point at epoch {epoch} of branch {branch}"
         if not rows.has(Table.BRANCHES, number_key(branch)):
             yield corrupt("wrong-link", what, "its branch does not exist")

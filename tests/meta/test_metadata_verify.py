@@ -10,6 +10,7 @@ from blockvirt.meta.keys import (
     Table,
     born_key,
     child_point_key,
+    deadline,
     leaf_key,
     number_key,
     pair_key,
@@ -80,6 +81,7 @@ OTHER_LEAF, BAD_LEAF = leaf_key(9, 7, 4), leaf_key(1, 8, 6)
 OTHER_PUNCH = pair_key(9, 3)
 BORN_LOST = ("born-index", "leaf 7 of branch 6, born in epoch 4")
 LEAF_EARLY = ("counter", "leaf 7 of branch 1, born in epoch 4")
+ILLEGIBLE = pair_key(1, 4) + b"s\xb6"
 NINTH = "point at epoch 4 of branch 9"
 PLANTED = [
     (counters(chunk_bytes=65537), {("bad-value", "pool")}),
@@ -236,6 +238,7 @@ PLANTED = [
     (puts(Table.TRASH, b"v1", b""), {("trash-index", "volume web")}),
     (puts(Table.TRASH, b"v2", b""), {("trash-index", "volume web")}),
     (puts(Table.TRASH, b"v9", b""), {("trash-index", "trash v9")}),
+    (puts(Table.TRASH, b"v3", deadline(3.5)), {("trash-index", "volume web")}),
     (volume(importing="s9"), {("wrong-link", "volume web")}),
     (volume(TRASHED, purge_at_s=0.0), {("bad-value", "volume web")}),
     (puts(Table.VOLUME_NAMES, b"thrown", b"v3"), {("name-index", "volume name thrown")}),
@@ -258,6 +261,7 @@ PLANTED = [
     (puts(Table.LEAVES, b"short", b"x"), {("unknown-row", "leaf short")}),
     (puts(Table.BORN, b"short", b"x"), {("unknown-row", "index of births, short")}),
     (puts(Table.POINTS, b"short", b""), {("unknown-row", "point short")}),
+    (puts(Table.POINTS, ILLEGIBLE, b""), {("unknown-row", f"point {ILLEGIBLE.hex()}")}),
     (puts(Table.CHECKSUMS, b"short", b""), {("unknown-row", "checksums short")}),
     (puts(Table.CHECKSUMS, PUNCH, b"xxxxxx"), {("damaged-record", "checksums of file 1, group 3")}),
     (puts(Table.CHECKSUMS, PUNCH, seal(PUNCH, b"x")), {("bad-value", "checksums of file 1, group 3")}),
