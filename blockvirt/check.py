@@ -1,6 +1,7 @@
 """``blockvirt check``: the offline proof of a pool, and bringing back its metadata from a copy."""
 
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
@@ -104,9 +105,15 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str, pro
     context = volume_context(EngineSettings(), pool, storage, store, threads)
     proof = MapProof(context)
     unseen = {status.id for status in out_of_use.values() if status.state not in _DAMAGED}
-    findings += _believable(proof.run(), _half_seen(store, storage.paths(), unseen))
-    if progress is not None:
-        findings += DataProof(context, proof.volume_chunk, progress).run()
+    try:
+        findings += _believable(proof.run(), _half_seen(store, storage.paths(), unseen))
+        if progress is not None:
+            findings += DataProof(context, proof.volume_chunk, progress).run()
+    except (ArithmeticError, AssertionError, LookupError, ValueError, struct.error) as error:
+        # The proofs of map and data take the records' relations for granted. Where those hold, this is a fault of ours.
+        if all(finding.severity is not Severity.CORRUPT for finding in findings):
+            raise
+        findings.append(_ended(error))
     if repair and all(finding.severity is Severity.LEAK for finding in findings):
         store.commit_now(lambda writer: remove_orphans(writer, queue_purge))
         proof.repair()
@@ -115,6 +122,11 @@ def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str, pro
     if repair:
         note = "; ".join(filter(None, (note, "nothing was repaired, as there is more than leaks")))
     return _report(findings, note)
+
+
+def _ended(error: Exception) -> Finding:
+    message = f"it could not go on with records that are damaged ({type(error).__name__}: {error})"
+    return unchecked("proof-ended", "the proof of the map", message)
 
 
 def _decoded_later(payload: bytes) -> None:

@@ -12,7 +12,7 @@ from blockvirt.check import run
 from blockvirt.errors import InUse, PoolLocked
 from blockvirt.lun.leaf import decode, encode
 from blockvirt.meta.copies import remember_folders, write_copy
-from blockvirt.meta.keys import Table
+from blockvirt.meta.keys import Table, number_key, pair_key
 from blockvirt.meta.records import FileRecord, seal, unseal
 from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.labels import LABEL_FILE
@@ -239,3 +239,23 @@ async def test_a_read_only_device_is_not_corrupt(tmp_path: Path) -> None:
     assert report.exit_code == 1
     assert "is read-only" in report.findings[0].message
     assert codes(pool) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "damaged"),
+    [(Table.FILES, number_key(1), number_key(1 << 40)), (Table.BRANCH_FILES, pair_key(1, 1), b"short")],
+)
+async def test_a_damaged_index_does_not_end_the_check(tmp_path: Path, table: Table, key: bytes, damaged: bytes) -> None:
+    """The proof of the map stands on the records: where they are damaged it may come to nothing, and says so."""
+    pool = await at_rest(tmp_path)
+
+    def displace(writer: Writer) -> None:
+        stored = writer.get(table, key)
+        assert stored is not None
+        writer.delete(table, key)
+        writer.put(table, damaged, stored)
+
+    alter(pool, displace)
+    report = run(pool.state_dir, repair=True, restore_metadata=False, data=True)
+    assert report.exit_code == 2
+    assert {"file-index", "proof-ended"} <= {finding.code for finding in report.findings}
