@@ -224,6 +224,10 @@ class Daemon:
         """Tell whether it is gone, or goes in the next moment."""
         return not self.pid or bool(select.select([self._end], [], [], DEADLINE_S)[0])
 
+    def is_gone(self) -> bool:
+        """Tell whether it is gone by now."""
+        return not self.pid or bool(select.select([self._end], [], [], 0)[0])
+
     def stop(self) -> int:
         """End it as systemd would; returns its exit code."""
         if self.pid:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from tests.attacks.kills_daemon import Daemon
 from tests.attacks.kills_model import CHUNK_BYTES, Expected, Snapshot, Volume, World, Write, differences
 
 JOB_WAIT_S = 15
+LOOK_S = 0.02
+METADATA = "state/metadata/data.mdb"
 
 
 class Driver:
@@ -100,8 +104,10 @@ class Driver:
     def alone(self, *volumes: str) -> None:
         """End sessions, and wait until the daemon knows."""
         self.disconnect(*volumes)
-        while self.daemon.api.call("GET", "/v1/sessions")["sessions"]:
-            pass
+        is_open = True
+        while is_open:
+            time.sleep(LOOK_S)  # mostly one look is enough: each is a call of the daemon's more, and those are counted
+            is_open = bool(self.daemon.api.call("GET", "/v1/sessions")["sessions"])
 
     # --- HTTP --------------------------------------------------------------------------------------------------------
 
@@ -131,18 +137,34 @@ class Driver:
         self.daemon.api.call("POST", "/v1/snapshots", {"volume": volume, "name": name})
         self._answered()
 
-    def snapshot_under(self, volume: str, name: str, *batches: tuple[tuple[float, float], ...]) -> None:
-        """Take a snapshot while batches of writes are sent, one after the other."""
+    def snapshot_under(
+        self, volume: str, name: str, *batches: tuple[tuple[float, float], ...], hold: bool = False
+    ) -> None:
+        """Take a snapshot while batches of writes are sent, one after the other.
+
+        With ``hold`` they come, where calls are watched, when it is frozen and about to be committed: so they must not
+        need a new backing file.
+        """
         before = bytes(self.world.volumes[volume].content)
+        self.session(volume)
         with self._change() as after:
             after.volumes[volume].snapshots[name] = Snapshot(before)
+        watch = self.daemon.watch if hold else None
+        if watch is not None:
+            watch.hold(METADATA)
+            self._stack.callback(watch.release)
         request = self.daemon.api.begin("POST", "/v1/snapshots", {"volume": volume, "name": name})
         self._stack.callback(request.close)
+        while watch is not None and not watch.is_holding.wait(LOOK_S):
+            if self.daemon.is_gone():
+                raise Died("a snapshot was not answered")
         shot = after.volumes[volume].snapshots[name]
         for ranges in batches:
             writes = self._writes(volume, ranges)
             shot.loose = (*shot.loose, *writes)
             self._do(volume, [(c.CMD_WRITE, 0, write) for write in writes])
+        if watch is not None:
+            watch.release()
         self.daemon.api.end(request, "taking a snapshot")
         self._answered()
         content = self._read(f"{volume}@{name}")
@@ -243,6 +265,16 @@ class Driver:
             jobs: list[dict[str, Any]] = self.daemon.api.call("GET", f"/v1/jobs?state={state}")["jobs"]
             for job in jobs:
                 self.wait(job["id"])
+
+    def forget_cached(self) -> None:
+        """Have the kernel drop what it has cached of the volumes: what is copied next is read by a thread."""
+        for path in self.root.glob("disk*/files/*"):
+            fd = os.open(path, os.O_RDWR)
+            try:
+                os.fdatasync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 ``empty`` was never written; ``full`` has chunks in both of its leaves; ``snapped`` has the snapshots s1 and s2, and its
 head differs from both; ``clone`` comes from s1 and was written to. Ranges are (first, count) in chunks; volumes have
-514, which are two leaves. Nothing is ever at chunk 410, nor behind it in the first leaf.
+514, which are two leaves.
 """
 
 from __future__ import annotations
@@ -78,6 +78,17 @@ def _copies(driver: Driver) -> None:
     driver.disconnect("snapped")
 
 
+def _cold_copies(driver: Driver) -> None:
+    driver.write("snapped", (410, 1))
+    driver.forget_cached()
+    driver.write("snapped", (0.25, 0.5), (1.5, 2), (100.5, 2))
+    driver.write("clone", (0.25, 0.5), (101.5, 1), (508.5, 3))
+    driver.forget_cached()
+    driver.write("snapped", (0.5, 0.25), (508.25, 0.5), (200.25, 1))
+    driver.trim("clone", (3.5, 1))
+    driver.disconnect("snapped", "clone")
+
+
 def _copies_of_clones(driver: Driver) -> None:
     driver.write("clone", (0.25, 0.5), (4, 1))
     driver.write("clone", (1, 2), (101.5, 1), (508.5, 3), (301, 1))
@@ -149,6 +160,17 @@ def _snapshot_under_writes(driver: Driver) -> None:
     driver.snapshot_under("full", "beside", *batches)
     driver.write("full", (0, 1), (1, 1))
     driver.snapshot_under("full", "later", ((2, 1), (3, 0.5)), ((100, 2), (320, 1)), ((4, 1), (505, 3)))
+    driver.disconnect("full")
+
+
+def _writes_in_checkpoint(driver: Driver) -> None:
+    for number, name in enumerate(("one", "two")):  # the volume has two files then, which it writes to in turns
+        driver.write("full", (number, 1), (200 + number, 1))
+        driver.snapshot("full", name)
+    driver.write("full", (2, 1), (202, 1))
+    batches = tuple(((first, 1.0), (200 + first, 0.5), (300 + first, 1)) for first in range(0, 8, 2))
+    driver.snapshot_under("full", "three", *batches, hold=True)
+    driver.write("full", (0.5, 1))
     driver.disconnect("full")
 
 
@@ -253,6 +275,7 @@ SCENARIOS = (
     Scenario("first-write", _first_write),
     Scenario("overwrites", _overwrites),
     Scenario("copies", _copies),
+    Scenario("cold-copies", _cold_copies),
     Scenario("copies-of-clones", _copies_of_clones),
     Scenario("trims", _trims),
     Scenario("zeroes", _zeroes),
@@ -261,6 +284,7 @@ SCENARIOS = (
     Scenario("snapshots", _snapshots),
     Scenario("groups", _groups),
     Scenario("snapshot-under-writes", _snapshot_under_writes),
+    Scenario("writes-in-checkpoint", _writes_in_checkpoint),
     Scenario("clones", _clones),
     Scenario("reverts", _reverts),
     Scenario("deletion", _deletion),

@@ -118,11 +118,29 @@ class CallWatch(threading.Thread):
         self.killed_at = ""
         """What the process was about to do."""
         self.is_armed = False
+        self.is_holding = threading.Event()
+        """A call is being held."""
+        self._hold = ""
+        self._held: list[int] = []
+        self._lock = threading.Lock()
         self._listener = listener
         self._pid = pid
         self._root = f"{root}/"
         self._target = target
         self._names = {number: name for name, number in CALLS[platform.machine()].items()}
+
+    def hold(self, path: str) -> None:
+        """Have calls on a file of the pool wait from now on, until ``release``."""
+        with self._lock:
+            self._hold = f"{self._root}{path}"
+
+    def release(self) -> None:
+        """Let what was held go on."""
+        with self._lock:
+            self._hold = ""
+            self.is_holding.clear()
+            while self._held:
+                self._go_on(self._held.pop())
 
     def run(self) -> None:
         """Answer until the process is gone."""
@@ -141,26 +159,36 @@ class CallWatch(threading.Thread):
         except OSError:  # who asked was killed, or a signal came first
             return
         number, thread, _, call, _, _, *arguments = _ASKED.unpack(asked)
-        if self.is_armed and (what := self._counted(thread, self._names[call], arguments)):
+        what, path = self._described(thread, self._names[call], arguments)
+        if self.is_armed and what:
             self.seen += 1
             if self.seen == self._target:
                 self.killed_at = what
                 os.kill(self._pid, signal.SIGKILL)
                 return
+        with self._lock:
+            if self._hold and path == self._hold:
+                self._held.append(number)
+                self.is_holding.set()
+            else:
+                self._go_on(number)
+
+    def _go_on(self, number: int) -> None:
         try:
             fcntl.ioctl(self._listener, _ANSWER, bytearray(struct.pack("<QqiI", number, 0, 0, _CONTINUE)), True)
-        except OSError:
+        except OSError:  # it was killed meanwhile
             return
 
-    def _counted(self, thread: int, name: str, arguments: list[int]) -> str:
-        """Return what a call is about, for people; empty: it does not count."""
+    def _described(self, thread: int, name: str, arguments: list[int]) -> tuple[str, str]:
+        """Return what a call is about, for people (empty: it does not count), and the path of its descriptor."""
         if name not in _OF_DESCRIPTORS:
-            return name
+            return name, ""
         try:
             path = os.readlink(f"/proc/{thread}/fd/{arguments[0]}")
             mode = os.stat(f"/proc/{thread}/fd/{arguments[0]}").st_mode
         except OSError:
-            return ""
+            return "", ""
         if name in _OF_ANY_FILE and not stat.S_ISSOCK(mode) and not path.startswith(self._root):
-            return ""
-        return f"{name} of {path.removeprefix(self._root)}"
+            return "", path
+        where = "a socket" if stat.S_ISSOCK(mode) else path.removeprefix(self._root)
+        return f"{name} of {where}", path
