@@ -1,0 +1,137 @@
+"""A load on a filesystem whose block device is logged, and what had been promised at each point of the log."""
+
+import copy
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockvirt.units import MIB
+from tests.attacks.crash_states_log import Recorder, recorded
+from tests.attacks.crash_states_pool import EnginePool
+from tests.attacks.power_cuts_disk import Disk, copy_sparse, make_filesystem
+from tests.attacks.power_cuts_load import Load, examine, random_file
+from tests.attacks.power_cuts_model import NEVER, SECTOR_BYTES, PoolModel
+
+IMAGE_BYTES = 96 * MIB
+REQUESTS = (60, 180)  # before the power cut in the middle, and as many after it
+
+
+@dataclass(slots=True)
+class Recording:
+    """What was logged, and what was promised."""
+
+    kind: str
+    """Of filesystem."""
+    ready_at: int = 0
+    """From this entry on the pool and its first volumes are there."""
+    eras: list[tuple[int, PoolModel]] = field(default_factory=list)
+    """From which entry on what was promised is told by which model: recovery settles what was open before."""
+    flushes: int = 0
+    problems: list[str] = field(default_factory=list)
+    """What was broken while it was recorded."""
+
+    def promises(self) -> list[int]:
+        """Return after which entries something was acknowledged that must not be lost: the places to look at."""
+        places: set[int] = set()
+        for _, model in self.eras:
+            places.update(*(volume.promises() for volume in model.volumes.values()))
+            lives = [each.life for each in model.volumes.values()]
+            lives += [each.life for each in model.snapshots.values()]
+            places.update(life.made.answered for life in lives)
+            places.update(life.removed.answered for life in lives if life.removed is not None)
+        return sorted(places - {NEVER})
+
+    def model(self, at: int) -> PoolModel:
+        """Return what tells what a crash after ``at`` entries may leave."""
+        return next(model for since, model in reversed(self.eras) if since <= at)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Have nothing said of the errors that a dead disk gives."""
+    loggers = [logging.getLogger(name) for name in ("blockvirt", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+async def record(number: int, kind: str, folder: Path, mountpoint: Path) -> Recording:
+    """Record the load of seed ``number``: ``folder`` then has the image as it was before, and the log.
+
+    In the middle the power is cut, and the pool recovers: the crash states have those of recovery among them.
+    """
+    make_filesystem(kind, folder / "data", IMAGE_BYTES)
+    with (folder / "data").open("rb") as data, (folder / "base").open("wb") as base:
+        base.truncate(IMAGE_BYTES)
+        copy_sparse(data.fileno(), base.fileno())
+    with recorded(folder / "data", folder / "log", folder) as recorder:
+        disk = Disk(recorder.device, kind, mountpoint)
+        try:
+            return await _Session(number, disk, recorder).run()
+        finally:
+            disk.close()
+
+
+class _Session:
+    def __init__(self, number: int, disk: Disk, recorder: Recorder) -> None:
+        self.dice = random.Random(f"crash states {number}")
+        self.disk = disk
+        self.recorder = recorder
+        self.pool = EnginePool(disk.mountpoint)
+        self.model = PoolModel(recorder.durable)
+        self.done = Recording(disk.kind)
+
+    async def run(self) -> Recording:
+        done, model = self.done, self.model
+        self.disk.mount()
+        await self.pool.start(sealing=True)
+        for each in range(self.dice.randrange(1, 3)):
+            sectors = self.dice.choice((256, 512, 1024))
+            volume = model.add_volume(f"v{each}", [(0,)] * sectors)
+            await self.pool.create(volume.name, sectors * SECTOR_BYTES)
+            volume.life.made.answered = model.clock()
+        done.ready_at = model.clock()
+        await self._work(cut=True)
+        await self.pool.close()
+        self.disk.unmount()
+        done.eras.append((0, copy.deepcopy(model)))
+        self.disk.mount()
+        await self.pool.start(sealing=True)
+        found = await examine(self.pool, model, NEVER - 1)
+        done.problems += found.problems
+        if not done.problems:
+            model.settle(found.volumes, found.snapshots, model.clock())
+            done.eras.append((model.clock(), model))
+            await self._work(cut=False)
+        await self.pool.close()
+        self.disk.unmount()
+        return done
+
+    async def _work(self, *, cut: bool) -> None:
+        requests = self.dice.randrange(*REQUESTS)
+        load = Load(
+            self.pool, self.model, self.dice, requests, self.disk.shut_down if cut else _nothing, self._writes_back
+        )
+        await load.run()
+        self.done.flushes += load.flushes
+        if load.problem:
+            self.done.problems.append(load.problem)
+
+    def _writes_back(self, dice: random.Random) -> None:
+        file = random_file(self.pool.device, dice)
+        if dice.random() < 0.15:
+            self.disk.sync_all()
+        elif file is not None:
+            self.disk.write_back(file)
+
+
+def _nothing() -> None:
+    """The load ends, and nothing else does."""
