@@ -13,7 +13,7 @@ from tests.attacks.attack import Attack, Budget, Level, Outcome
 from tests.attacks.kills_trial import Range
 
 SAY_EVERY = 100
-ENOUGH = 10
+ENOUGH = 8
 """Trials in which something must have happened."""
 
 
@@ -36,6 +36,6 @@ ATTACK = Attack(
     name="kills",
     unit="kills",
     promises=("I2", "I3b", "I5", "I6", "I8"),
-    trials={Level.SAMPLE: 12, Level.PROVE: 700, Level.SOAK: 7_000},
+    trials={Level.SAMPLE: 8, Level.PROVE: 700, Level.SOAK: 7_000},
     run=run,
 )

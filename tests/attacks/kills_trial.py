@@ -222,7 +222,7 @@ class Range:
         self._outcome.add("other mount namespaces", int(plan.is_apart))
 
     def _check(self, when: str) -> None:
-        report = check.run(self._pool.state, repair=False, restore_metadata=False)
+        report = check.run(self._pool.state, repair=False, restore_metadata=False, data=True)
         if report.exit_code not in (check.CLEAN, check.LEAKS):
             raise Broken(f"the check {when}: {report.summary}: {report.findings[0]}")
         self._outcome.add(f"leaks {when}", int(report.exit_code == check.LEAKS))
