@@ -60,6 +60,9 @@ class _Walk:
             number, least, behind = below.pop()
             page = self._page(number)
             flags, end = _HEADER.unpack_from(page)
+            if (end - _HEADER_BYTES) % 2:
+                yield f"page {number} of {name} has half an offset of a node"
+                return
             keys = []
             for place, (at,) in enumerate(struct.iter_unpack("=H", page[_HEADER_BYTES:end])):
                 low, high, top, key_bytes = _NODE.unpack_from(page, at)

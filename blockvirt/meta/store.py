@@ -139,6 +139,7 @@ class Store:
             raise cannot_open(path, error) from error
         try:
             with env.begin(write=True) as transaction:
+                _refuse_strange_tables(path, [bytes(name) for name, _ in transaction.cursor()])
                 tables = {table: env.open_db(table.value, transaction, create=True) for table in Table}
             if create:  # not only where it is new: whoever made it may not have come to this
                 for directory in (path, path.parent):
@@ -147,6 +148,9 @@ class Store:
         except (lmdb.Error, OSError) as error:
             env.close()
             raise cannot_open(path, error) from error
+        except MetadataFault:
+            env.close()
+            raise
         with store._write_lock:
             store._tend()
         return store
@@ -358,6 +362,12 @@ class Store:
         return ShuttingDown(
             f"the metadata store {self.path} is closed", correction="wait for the daemon to start again"
         )
+
+
+def _refuse_strange_tables(path: Path, names: Sequence[bytes]) -> None:
+    """Raise MetadataFault for a table that is none of ours: with its name damaged its rows would seem to be gone."""
+    if strange := sorted(set(names) - {table.value for table in Table}):
+        raise cannot_open(path, ValueError(f"it has a table {strange[0]!r}: damaged, or of a newer blockvirt"))
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blockvirt.errors import MetadataFault
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store, Writer
 from blockvirt.meta.verify import verify_pages
@@ -106,3 +107,22 @@ def test_a_new_file_and_one_commit_are_sound(tmp_path: Path) -> None:
     store.commit_now(lambda writer: writer.put(Table.POOL, b"pool", b"x"))
     store.close()
     assert list(verify_pages(tmp_path)) == []
+
+
+def test_half_an_offset_of_a_node_is_found(data_file: Path) -> None:
+    content = bytearray(data_file.read_bytes())
+    (root,) = struct.unpack_from("<Q", content, max(0, PAGE_BYTES, key=lambda at: content[at + 144]) + 16 + 72 + 40)
+    content[root * PAGE_BYTES + 12] ^= 1
+    data_file.write_bytes(content)
+    assert "half an offset" in next(iter(verify_pages(data_file.parent))).message
+
+
+def test_a_table_whose_name_is_damaged_is_not_made_anew(data_file: Path) -> None:
+    content = data_file.read_bytes()
+    assert b"idempotency" in content
+    data_file.write_bytes(content.replace(b"idempotency", b"idempotgncy"))
+    damaged = data_file.read_bytes()
+    with pytest.raises(MetadataFault) as caught:
+        Store.open(data_file.parent, reserve_bytes=0)
+    assert "idempotgncy" in caught.value.cause
+    assert data_file.read_bytes() == damaged
