@@ -30,7 +30,7 @@ POLL_S = 0.002
 SETTINGS = {
     "BLOCKVIRT_CHUNK_SIZE": f"{CHUNK_BYTES // 1024}KiB",
     "BLOCKVIRT_METADATA_RESERVE": "1MiB",
-    "BLOCKVIRT_TRASH_S": "0",
+    "BLOCKVIRT_TRASH_S": "3600",
 }
 
 
@@ -118,7 +118,7 @@ class Pool:
     def begin(self) -> None:
         """Have the folders of a pool that was never started."""
         self.drop()
-        for name in ("disk1", "disk2"):
+        for name in ("disk1", "disk2", "disk3"):
             (self.root / name).mkdir(parents=True)
 
     def drop(self) -> None:

@@ -33,6 +33,7 @@ class Driver:
         """So many operations were answered."""
         self._dice = random.Random(seed)
         self._sessions: dict[str, NbdSession] = {}
+        self._trash: dict[str, Volume] = {}
         self._stack = ExitStack()
 
     @property
@@ -123,11 +124,33 @@ class Driver:
         self.expected.answered, self.expected.instead = self.expected.instead, None
         self.answers += 1
 
-    def create(self, volume: str, chunks: int) -> None:
-        """Create a volume."""
+    def create(self, volume: str, chunks: int, *devices: str) -> None:
+        """Create a volume, on some devices only if they are named."""
         with self._change() as after:
             after.volumes[volume] = Volume(bytearray(chunks * CHUNK_BYTES))
-        self.daemon.api.call("POST", "/v1/volumes", {"name": volume, "size": chunks * CHUNK_BYTES})
+        body = {"name": volume, "size": chunks * CHUNK_BYTES, "placement": {"devices": list(devices)}}
+        self.daemon.api.call("POST", "/v1/volumes", body)
+        self._answered()
+
+    def rename(self, volume: str, name: str) -> None:
+        """Give a volume another name."""
+        with self._change() as after:
+            after.volumes[name] = after.volumes.pop(volume)
+        self.daemon.api.call("PATCH", f"/v1/volumes/{volume}", {"name": name})
+        self._answered()
+
+    def throw_away(self, volume: str) -> None:
+        """Put a volume into the trash."""
+        with self._change() as after:
+            self._trash[volume] = after.volumes.pop(volume)
+        self.daemon.api.call("DELETE", f"/v1/volumes/{volume}")
+        self._answered()
+
+    def restore(self, volume: str) -> None:
+        """Take a volume out of the trash."""
+        with self._change() as after:
+            after.volumes[volume] = self._trash.pop(volume)
+        self.daemon.api.call("POST", f"/v1/trash/{volume}/restore", {})
         self._answered()
 
     def snapshot(self, volume: str, name: str) -> None:
@@ -227,11 +250,11 @@ class Driver:
         for job_id in answer["job_ids"]:
             self.wait(job_id)
 
-    def add_device(self, name: str, path: str) -> None:
-        """Take a directory into the pool."""
+    def add_device(self, name: str, folder: str, **bounds: int) -> None:
+        """Take a folder of the pool's in as a device; ``bounds`` are its limit and its reserve, in bytes."""
         with self._change() as after:
             after.devices.add(name)
-        self.daemon.api.call("POST", "/v1/devices", {"path": path, "name": name})
+        self.daemon.api.call("POST", "/v1/devices", {"path": f"{self.root}/{folder}", "name": name} | bounds)
         self._answered()
 
     def remove_device(self, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from blockvirt.units import MIB
 from tests.attacks.kills_driver import Driver
 from tests.attacks.kills_model import Snapshot, Volume, World
 
@@ -225,14 +226,40 @@ def _growth(driver: Driver) -> None:
 
 
 def _devices(driver: Driver) -> None:
-    path = f"{driver.root}/disk2"
-    driver.add_device("second", path)
-    driver.create("wide", CHUNKS)
+    driver.add_device("second", "disk2")
+    driver.create("wide", CHUNKS, "second")
     driver.write("wide", (0, 1))
     driver.alone("wide")
     driver.delete("wide")
     driver.remove_device("second")
-    driver.add_device("third", path)
+    driver.add_device("third", "disk2")
+
+
+def _two_devices(driver: Driver) -> None:
+    """One is full, and the volume goes on on the other: the journal must know of it first."""
+    driver.add_device("second", "disk2", limit=3 * MIB, reserve=0)
+    driver.add_device("third", "disk3", limit=4 * MIB, reserve=0)
+    driver.create("wide", 1024, "second", "third")
+    for first in range(0, 1024, 128):
+        driver.write("wide", (first, 90))
+    driver.snapshot("wide", "far")
+    driver.write("wide", (0, 2), (1000, 2))
+    driver.trim("wide", (256, 50))
+    driver.disconnect("wide")
+
+
+def _names_and_trash(driver: Driver) -> None:
+    driver.write("snapped", (0, 1))
+    driver.rename("snapped", "other")
+    driver.write("full", (0, 1))
+    driver.alone("snapped", "full")
+    driver.throw_away("other")
+    driver.rename("full", "snapped")
+    driver.write("snapped", (1, 1))
+    driver.restore("other")
+    driver.write("other", (1, 1))
+    driver.alone("snapped", "other")
+    driver.throw_away("snapped")
 
 
 def _imports(driver: Driver) -> None:
@@ -291,6 +318,8 @@ SCENARIOS = (
     Scenario("snapshot-deletion", _snapshot_deletion),
     Scenario("growth", _growth),
     Scenario("devices", _devices),
+    Scenario("two-devices", _two_devices),
+    Scenario("names-and-trash", _names_and_trash),
     Scenario("imports", _imports),
     Scenario("creation", _creation),
     Scenario("flattening", _flattening),
