@@ -179,11 +179,15 @@ class Tail:
         """Append to another file from now on, since this one is about to be synced.
 
         A write to a file waits while a sync of it holds its lock in the kernel, for 100 ms where much is to be written.
-        Two files in turns part them: what a snapshot has synced is not what its successors are written to.
+        Two files in turns part them: what a snapshot has synced is not what its successors are written to. Both are
+        on one device, as long as that has room: a volume is not to depend on two disks for it.
         """
+        if self._file is None:
+            return
         self._resting, self._file = self._file, None
         for file in reversed(self._files.own()):
-            if file is not self._resting and self._fits(file, 1) and file.reserved_chunks > file.used_chunks:
+            is_other = file is not self._resting and file.device_id == self._resting.device_id
+            if is_other and self._fits(file, 1) and file.reserved_chunks > file.used_chunks:
                 self._file = file
                 self._look_ahead(file)
                 return
@@ -216,17 +220,23 @@ class Tail:
                     await self._go_on(count, admit_device)
                 except PoolFull:
                     file, self._resting = self._resting, None
-                    if file is None or not self._fits(file, count):
+                    if file is None:
                         raise
-                    await self._use(file, count)
+                    if self._fits(file, count) and file.reserved_chunks - file.used_chunks >= count:
+                        self._file = file
 
     async def _go_on(self, count: int, admit_device: AdmitDevice) -> None:
-        file = self._newest(count) if self._file is None or not self._fits(self._file, count) else self._file
+        home = self._resting.device_id if self._resting is not None else None
+        if home not in self._context.storage.paths():
+            home = None
+        file = self._newest(count, home) if self._file is None or not self._fits(self._file, count) else self._file
         if file is None:
-            file = await self._files.create(self._place(count), admit_device)
+            file = await self._files.create(home or self._place(count), admit_device)
         try:
             await self._use(file, count)
         except PoolFull:
+            if self._resting is not None:  # its own reserve first, then other devices
+                raise
             device_id = self._elsewhere(file, count)
             if device_id is None:
                 raise

@@ -1,5 +1,7 @@
 """A branch appends to two files in turns: what a snapshot syncs is not what the writes behind it go to."""
 
+from pathlib import Path
+
 import pytest
 
 from blockvirt.errors import PoolFull
@@ -102,5 +104,40 @@ async def test_in_a_full_pool_what_is_reserved_in_the_other_file_is_used(
     await write(handle, 0, b"2" * CHUNK)
     assert files_under(handle, range(2))[0] != file.number
     assert [await read(handle, chunk * CHUNK, 1) for chunk in range(6)] == [b"2", b"1", b"1", b"1", b"1", b"\0"]
+    await handle.close()
+    assert not findings(pool, leaks=True)
+
+
+def devices_of(handle: Handle) -> list[str]:
+    return [file.device_id for file in handle._opened.volume.files.own()]
+
+
+async def test_both_are_on_one_device(pool: SnapshotPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other disk has more room all the time; only where the first has none, the volume goes on there."""
+    storage = pool.engine.storage
+    handle = await pool.open(await pool.volume(SIZE, "v"))
+    await write(handle, 0, b"0" * CHUNK)
+    (home,) = devices_of(handle)
+    second = await storage.add(str(tmp_path / "second"), "second", None, 0, {}, create=True)
+    monkeypatch.setattr(storage, "place", lambda *_: second.id)
+    for number in range(1, 5):
+        await pool.snapshots.create({"v": f"s{number}"})
+        await write(handle, number * CHUNK, b"1" * CHUNK)
+    assert devices_of(handle) == [home, home]
+    admit = storage.admit
+
+    def full_at_home(device_id: str, needed_bytes: int) -> None:
+        if device_id == home:
+            raise PoolFull("full")
+        admit(device_id, needed_bytes)
+
+    monkeypatch.setattr(storage, "admit", full_at_home)
+    for file in handle._opened.volume.files.own():
+        file.reserved_chunks = file.used_chunks + 1
+    for number in range(5, 8):
+        await pool.snapshots.create({"v": f"s{number}"})
+        await write(handle, number * CHUNK, b"1" * CHUNK)
+    assert files_under(handle, range(5, 7)) == files_under(handle, range(1, 3)), "what was reserved comes first"
+    assert devices_of(handle) == [home, home, second.id]
     await handle.close()
     assert not findings(pool, leaks=True)
