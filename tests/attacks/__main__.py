@@ -1,6 +1,6 @@
 """`python -m tests.attacks`: attack the storage, print what it came to; exit code 1 if a promise was broken.
 
-python -m tests.attacks                                    every attack, at the level of `make prove`, and all bugs
+python -m tests.attacks                                    every attack, at the level "prove", and all bugs
 python -m tests.attacks NAME --level sample                one of them, shortly
 python -m tests.attacks NAME --seed 4711 --count 1         one trial again
 python -m tests.attacks --bugs [BUG...]                    only the planted bugs: each must be caught

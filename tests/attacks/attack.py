@@ -11,8 +11,8 @@ class Level(StrEnum):
     """How long an attack goes on."""
 
     SAMPLE = "sample"  # a part of every `make test`
-    PROVE = "prove"  # `make prove`, at most 45 minutes for all
-    SOAK = "soak"  # `make soak`, days
+    PROVE = "prove"  # `python -m tests.attacks`, at most 45 minutes for all
+    SOAK = "soak"  # `python -m tests.attacks.soak`, days
 
 
 @dataclass(frozen=True, slots=True)

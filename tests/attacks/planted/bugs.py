@@ -33,10 +33,10 @@ class Bug:
     seed: int = 0
     """Of the first of them."""
     is_quick: bool = True
-    """It is caught in a few seconds: a part of `make test`; else of `make prove` only."""
+    """It is caught in a few seconds: a part of `make test`; else of `python -m tests.attacks` only."""
 
 
-MODULES: tuple[str, ...] = ("fsx", "kills")
+MODULES: tuple[str, ...] = ("fsx", "kills", "power_cuts", "crash_states")
 """One for each attack that has planted bugs: ``tests.attacks.planted.NAME``, with its ``BUGS``."""
 
 
