@@ -12,7 +12,7 @@ from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
-from blockvirt.volumes.recovery import go_back_to_disk, recover
+from blockvirt.volumes.recovery import go_back_to_disk, recover, sync_overwrites
 from blockvirt.volumes.versions import branch_record
 from blockvirt.volumes.volume import stopped_error
 
@@ -24,9 +24,11 @@ class Leftovers:
 
     def __init__(self, context: VolumeContext) -> None:
         self._context = context
+        self._synced: set[int] = set()
+        """Branches whose files hold nothing that a dead daemon wrote and nobody synced."""
 
     async def settle(self, record: VolumeRecord, *, reopen: bool = False) -> None:
-        """Bring a volume's map up to date before it opens; nothing to do where no journal was left.
+        """Bring a volume's map up to date before it opens; where no journal was left, its files are synced once.
 
         Raises DeviceFault where a device with its data is missing, VolumeStopped where it had stopped for I7 and an
         administrator did not ask to ``reopen`` it, DamagedRecord, MetadataFault.
@@ -52,6 +54,10 @@ class Leftovers:
                 writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=""))
 
             await context.store.commit(clear)
+        elif branch.number not in self._synced:
+            with _in_our_words(record):
+                await context.threads.run(lambda: sync_overwrites(context, branch))
+        self._synced.add(branch.number)
 
     async def _recover(self, record: VolumeRecord, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
         if reason:

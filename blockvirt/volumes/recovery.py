@@ -25,7 +25,7 @@ from blockvirt.pool.backing import BackingFile, backing_path, unlink_files
 from blockvirt.volumes.commit import FileChange, MapChange, leaf_rows, write_map
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, leave_stop_note
-from blockvirt.volumes.journal_frames import Change, Frame, Kind, read_frames
+from blockvirt.volumes.journal_frames import Change, Frame, Kind, frame_bytes, is_followed, read_frames
 from blockvirt.volumes.leaf_map import LeafCache, LeafMap
 from blockvirt.volumes.versions import branch_record
 
@@ -134,6 +134,27 @@ def go_back_to_disk(context: VolumeContext, branch: BranchRecord) -> None:
             file.close()
 
 
+def sync_overwrites(context: VolumeContext, branch: BranchRecord) -> None:
+    """Sync the files of a branch that has no journal: overwrites in place need none, and their daemon may have died.
+
+    A file that is missing holds no write. Blocks; run in a thread. Raises DeviceFault, OSError: where a sync failed,
+    the volume waits for ``volume reopen`` from then on.
+    """
+    for record in files_of(context.store, branch.number):
+        path = backing_path(context.storage.path_of(record.device_id), branch.number, record.number)
+        if not record.used_chunks or not path.exists():
+            continue
+        file = BackingFile(record, path, context.chunk_shift)
+        file.open(read_only=True)
+        try:
+            file.sync()
+        except OSError as error:
+            _note_stop(context, branch, None, f"its data cannot be synced before it opens: {error}")
+            raise
+        finally:
+            file.close()
+
+
 def replay_in_memory(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Replay:
     """Return the map as recovery would make it, without changing anything: for the offline check."""
     records = files_of(context.store, branch.number)
@@ -158,8 +179,35 @@ def _frames(branch: BranchRecord, found: FoundJournal, *, complete: bool) -> lis
     sequence = last.sequence if last else branch.covered_sequence
     chain = last.crc if last else branch.journal_chain
     # The next generation is open while a checkpoint of the oldest runs; its chain goes on from there.
-    frames += read_frames(found.logs[(oldest + 1) & 1], oldest + 1, sequence + 1, chain)
-    return [frame for frame in frames if frame.kind is Kind.MAP]
+    later = list(read_frames(found.logs[(oldest + 1) & 1], oldest + 1, sequence + 1, chain))
+    _refuse_damaged(branch, found, frames, later)
+    return [frame for frame in frames + later if frame.kind is Kind.MAP]
+
+
+def _refuse_damaged(branch: BranchRecord, found: FoundJournal, frames: list[Frame], later: list[Frame]) -> None:
+    """Raise DamagedRecord if the frames end at one that was whole: what was answered must not go without a word.
+
+    Only where the page cache is the same: a power cut may have kept a later frame, and not one that was synced with it.
+    """
+    generation = branch.covered_generation + (2 if later else 1)
+    read = later if later else frames
+    last = [*frames, *later][-1] if frames or later else None
+    followed = is_followed(
+        found.logs[generation & 1],
+        sum(frame_bytes(0) + len(frame.body) for frame in read),
+        generation,
+        (last.sequence if last else branch.covered_sequence) + 1,
+        last.crc if last else branch.journal_chain,
+        b"" if later else found.logs[(generation + 1) & 1],
+    )
+    if followed:
+        path = found.paths[generation & 1]
+        raise DamagedRecord(
+            f"the journal {path} is damaged: intact frames lie behind one that is not",
+            cause="the disk changed what was written",
+            correction=f"bring the file back; or move {found.paths[0]} and {found.paths[1].name} away: the volume is "
+            "then as of its last checkpoint, and what was written since is lost",
+        )
 
 
 def _replay(context: VolumeContext, branch: BranchRecord, records: list[FileRecord], frames: list[Frame]) -> Replay:
@@ -194,10 +242,11 @@ def _sync(files: list[BackingFile], *, forget: bool) -> None:
             file.forget_cached()
 
 
-def _note_stop(context: VolumeContext, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
+def _note_stop(context: VolumeContext, branch: BranchRecord, found: FoundJournal | None, reason: str) -> None:
     """Leave word that the page cache is not to be trusted any more: the next recovery must not take it for whole."""
     try:
-        leave_stop_note(found.paths, reason)
+        if found is not None:
+            leave_stop_note(found.paths, reason)
     except OSError as error:
         log.error("branch %d: cannot leave word in its journal: %s", branch.number, error)
 

@@ -1,6 +1,7 @@
 """A daemon that dies: what was answered is there (I3b); after a power cut, what was flushed (I3). Random histories."""
 
 import asyncio
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockvirt.errors import DeviceFault
+from blockvirt.errors import DeviceFault, VolumeStopped
 from blockvirt.meta.store import Store, Writer
 from tests.volumes.conftest import Pool, abandon, findings, read, until_punched, write
 
@@ -188,3 +189,54 @@ async def test_a_truncated_file_is_an_error_and_never_zeros(pool: Pool, killed: 
     assert await read(handle, 4096 * 20, 4096) == b"b" * 4096
     await handle.close()
     assert [finding.code for finding in findings(pool)] == ["file-short"]
+
+
+async def test_what_a_dead_daemon_wrote_in_place_is_synced_before_the_volume_opens(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overwrites in place need no journal, so there is no recovery; and no flush of a new daemon knows of them."""
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096)
+    await handle.close()
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"b" * 4096)
+    assert handle._opened.volume.journal is None
+    await abandon(pool, power_cut=False)
+    await pool.start()
+    synced: list[str] = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).parent.name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    handle = await pool.open(volume_id)
+    assert synced == ["files"]
+    await handle.close()
+    await (await pool.open(volume_id)).close()
+    assert synced == ["files"], "once is enough: what this daemon writes it syncs itself"
+
+
+async def test_a_volume_whose_files_cannot_be_synced_before_it_opens_waits_for_its_administrator(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096)
+    await handle.close()
+    await abandon(pool, power_cut=False)
+    await pool.start()
+
+    def fdatasync(_fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fdatasync)
+        with pytest.raises(DeviceFault, match="cannot be recovered"):
+            await pool.open(volume_id)
+    with pytest.raises(VolumeStopped):
+        await pool.open(volume_id)
+    await pool.engine.registry.reopen(volume_id)
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 4096) == b"a" * 4096
+    await handle.close()
