@@ -1,0 +1,180 @@
+"""Attack: each system call on a pool's files fails, in every way that it can, once and from then on.
+
+One trial is one cell: a site (which call on which kind of file), its n-th call, an error or a part of the work, once or
+always. A pool is made, written, snapshotted, trimmed, checkpointed, reclaimed, killed and closed meanwhile; each answer
+is noted. What may come of it: success, a clean error, a stop. Then, with a disk that works, a fresh engine is compared
+with what was answered, and proved.
+"""
+
+import asyncio
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.attack import Attack, Budget, Level, Outcome
+from tests.attacks.faults_model import Expected
+from tests.attacks.faults_pool import (
+    SETTINGS,
+    AttackedPool,
+    open_descriptors,
+    quiet,
+    unfinished,
+    without_metadata_syncs,
+    without_pauses,
+)
+from tests.attacks.faults_scenario import Scenario
+from tests.attacks.faults_sites import Cell, Site, all_cells
+from tests.attacks.faults_traced import traced_trial
+from tests.attacks.faults_verdict import judge
+from tests.attacks.faulty_disk import FaultyDisk
+
+_TRIAL_S = 60
+CELLS = all_cells()
+
+
+def ending_of(seed: int) -> str:
+    """Return how the daemon's life ends in a trial."""
+    return random.Random(seed).choice(["close", "kill", "power cut"])
+
+
+def seed_of(cell: Cell, ending: str = "") -> int:
+    """Return the first seed that is a cell's, and ends so."""
+    seed = CELLS.index(cell)
+    while ending not in ("", ending_of(seed)):
+        seed += len(CELLS)
+    return seed
+
+
+class Hung(BaseException):
+    """A trial does not end."""
+
+
+def run(budget: Budget) -> Outcome:
+    """Try one cell after the other."""
+    outcome, hit_sites = Outcome(), set[Site]()
+    for seed in budget.seeds(outcome):
+        cell = CELLS[seed % len(CELLS)]
+        root = budget.scratch / f"{seed}"
+        root.mkdir()
+        hits = outcome.figures.get("hit", 0)
+        try:
+            with _watched():
+                if cell.is_traced:
+                    problems = traced_trial(root, cell, seed, outcome, budget.planted)
+                else:
+                    problems = trial(root, cell, seed, outcome)
+        except Hung:
+            problems = [f"it did not end within {_TRIAL_S} s"]
+        shutil.rmtree(root)
+        for problem in problems[:1]:
+            outcome.fail(seed, f"{cell}: {problem}")
+        if outcome.figures.get("hit", 0) > hits:
+            hit_sites.add(cell.site)
+        if not outcome.tried % 100:
+            budget.say(f"{outcome.tried} of {budget.count} faults: {outcome.figures}")
+    _demand(budget, outcome, hit_sites)
+    return outcome
+
+
+def _demand(budget: Budget, outcome: Outcome, hit_sites: set[Site]) -> None:
+    """Raise RuntimeError if the attack has passed by doing nothing."""
+    if budget.count >= 20 and not outcome.failures:
+        idle = [
+            name
+            for name in ("hit", "steps refused", "stops", "flushes", "blocks compared")
+            if not _figure(outcome, name)
+        ]
+        if idle:
+            raise RuntimeError(f"the attack proves nothing: {idle} are 0")
+    if budget.count >= len(CELLS) and (missed := {cell.site for cell in CELLS} - hit_sites):
+        raise RuntimeError(f"the scenario never comes to {', '.join(map(str, sorted(missed)))}")
+
+
+def _figure(outcome: Outcome, name: str) -> int:
+    return outcome.figures.get(name, 0)
+
+
+def trial(root: Path, cell: Cell | None, seed: int, outcome: Outcome) -> list[str]:
+    """Run one cell; returns what must not be."""
+    with quiet() as complaints, pytest.MonkeyPatch.context() as patch:
+        without_pauses(patch)
+        without_metadata_syncs(patch)
+        disk = FaultyDisk(root, cell)
+        disk.put_in(patch)
+        problems = asyncio.run(_trial(root, disk, seed, outcome))
+        problems += complaints.found
+    outcome.add("hit" if disk.hits else "not reached")
+    return problems
+
+
+async def _trial(root: Path, disk: FaultyDisk, seed: int, outcome: Outcome) -> list[str]:
+    lost = unfinished(asyncio.get_running_loop())
+    pool = AttackedPool(root, SETTINGS)
+    pool.device = root / "disk1"
+    scenario = Scenario(pool, seed, Expected(), disk)
+    disk.arm()
+    await scenario.run()
+    ending = ending_of(seed)
+    if ending != "close":
+        disk.disarm()
+    if pool.is_up:
+        await asyncio.wait_for(pool.close() if ending == "close" else pool.kill(), 20)
+    disk.disarm()
+    problems = scenario.problems
+    problems += [f"{path} was synced again after a failed sync" for path in disk.tried_again]
+    if left := open_descriptors(root):
+        problems.append(f"{left[0]} and {len(left) - 1} more descriptors were left open")
+    if ending == "power cut":
+        disk.cut_power()
+        pool.change_page_cache()
+    if not problems:
+        with disk.recovering():
+            verdict = await judge(
+                pool,
+                scenario.expected,
+                power_was_cut=ending == "power cut",
+                may_not_leak=disk.cell is not None and disk.cell.site.call == "punch" and ending == "close",
+            )
+        problems += verdict.problems
+        outcome.add("blocks compared", verdict.blocks)
+    for figure, more in (
+        *(("steps refused", scenario.refused), ("stops", scenario.stops)),
+        *(("flushes", scenario.expected.flushes), ("writes lost", disk.lost_writes)),
+    ):
+        outcome.add(figure, more)
+    return [*problems, *(f"nobody asked what became of: {each}" for each in lost)]
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Raise Hung in a trial that does not end, though the event loop be stuck."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raised(*_: object) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, raised)
+    signal.alarm(_TRIAL_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+ATTACK = Attack(
+    name="faults",
+    unit="faults",
+    promises=("I3", "I3b", "I5", "I6", "I7"),
+    trials={Level.SAMPLE: 60, Level.PROVE: len(CELLS), Level.SOAK: 10 * len(CELLS)},
+    run=run,
+    requires=("strace",),
+)
