@@ -18,8 +18,8 @@ LEDGER = Path(__file__).parents[2] / "docs" / "soak-ledger.md"
 TURNS = 10  # slices of a prove's size that one attack gets before the next has its turn: a tenth of it each
 HEAD = """# Soak ledger
 
-Each row is a part of a soak: `python -m tests.attacks.soak` goes on behind the last seeds and adds its own. A trial is replayed with
-`python -m tests.attacks ATTACK --seed SEED --count 1`.
+Each row is a part of a soak: `python -m tests.attacks.soak` goes on behind the last seeds and adds its own. A trial is
+replayed with `python -m tests.attacks ATTACK --seed SEED --count 1`.
 
 | day | commit | attack | from seed | trials | broken promises | seconds | figures |
 |---|---|---|---:|---:|---:|---:|---|
