@@ -285,4 +285,5 @@ def _stop_note(reason: str) -> bytes:
 
 
 def _stop_reason(block: bytes) -> str:
-    return block.partition(b"\0")[0].removeprefix(b"STOPPED ").decode(errors="replace")
+    note, _, reason = block.partition(b"\0")[0].partition(b" ")
+    return reason.decode(errors="replace") if note == b"STOPPED" else ""  # anything else is no word of ours

@@ -23,6 +23,8 @@ HEADER = struct.Struct("<IB3xIIQQ")
 CHANGE = struct.Struct("<IIQ")
 _MARK = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
+_NUMBER = struct.Struct("<QQ")  # generation and sequence, the end of a header
+_NUMBER_AT = HEADER.size - _NUMBER.size
 MARK_FRAME_BYTES = HEADER.size + _MARK.size
 
 
@@ -101,3 +103,29 @@ def read_frames(log: bytes, generation: int, sequence: int, chain: int) -> Itera
             return
         yield Frame(Kind(kind), found, number, crc, bytes(log[at + HEADER.size : end]))
         at, chain, sequence = end, crc, sequence + 1
+
+
+def is_followed(log: bytes, at: int, generation: int, sequence: int, chain: int, later: bytes) -> bool:
+    """Tell whether a frame was whole once that is not intact now: frame ``sequence``, at ``at``, where the log ends.
+
+    Then the next one is intact, behind it in ``log`` or first in ``later``, the next generation's. Its crc goes on from
+    the damaged frame's, which is as it was written, unless it is itself what was damaged. The last frame of all cannot
+    be judged so: it may be a torn one.
+    """
+    written = log[at : at + _CRC.size]
+    number = _NUMBER.pack(generation, sequence + 1)
+    place = log.find(number, at)
+    while place >= 0:
+        start = place - _NUMBER_AT
+        seeds = _seeds(written, log[at + _CRC.size : start], chain)
+        if start > at and any(any(read_frames(log[start:], generation, sequence + 1, seed)) for seed in seeds):
+            return True
+        place = log.find(number, place + 1)
+    end = at + HEADER.size + HEADER.unpack_from(log, at)[2] if at + HEADER.size <= len(log) else at
+    seeds = _seeds(written, log[at + _CRC.size : end], chain)
+    return any(any(read_frames(later, generation + 1, sequence + 1, seed)) for seed in seeds)
+
+
+def _seeds(written: bytes, rest: bytes, chain: int) -> list[int]:
+    """Return what the crc of a damaged frame may have been: as it stands there, or as the rest of it has it."""
+    return [int.from_bytes(written, "little"), crc32c(rest, chain)]

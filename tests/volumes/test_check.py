@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockvirt.check import run
-from blockvirt.errors import InUse, PoolLocked
+from blockvirt.errors import DamagedRecord, InUse, PoolLocked
 from blockvirt.lun.leaf import decode, encode
 from blockvirt.meta.copies import remember_folders, write_copy
 from blockvirt.meta.keys import Table, number_key, pair_key
@@ -18,6 +18,8 @@ from blockvirt.meta.store import Store, Writer
 from blockvirt.pool.labels import LABEL_FILE
 from blockvirt.units import MIB
 from blockvirt.volumes.catalogue import Catalogue
+from blockvirt.volumes.journal import BLOCK_BYTES, FRAMES_AT_BYTES
+from blockvirt.volumes.journal_frames import frame_bytes
 from blockvirt.volumes.requests import NewVolume
 from tests.volumes.conftest import Pool, abandon, read, write
 
@@ -259,3 +261,41 @@ async def test_a_damaged_index_does_not_end_the_check(tmp_path: Path, table: Tab
     report = run(pool.state_dir, repair=True, restore_metadata=False, data=True)
     assert report.exit_code == 2
     assert {"file-index", "proof-ended"} <= {finding.code for finding in report.findings}
+
+
+async def journalled(tmp_path: Path) -> tuple[Pool, str, Path]:
+    """A pool whose daemon was killed after five frames; its volume's id and its journal's file."""
+    pool = await Pool(tmp_path).start()
+    volume_id = await pool.volume(20 * 4096, "v")
+    handle = await pool.open(volume_id)
+    for chunk in range(5):
+        await write(handle, chunk * 4096, bytes([chunk + 1]) * 4096)
+    await abandon(pool, power_cut=False)
+    return pool, volume_id, next(path for path in (pool.device / "journal").iterdir() if any(path.read_bytes()[8192:]))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+async def test_damage_amid_a_journal_is_found_and_loses_nothing_silently(tmp_path: Path) -> None:
+    pool, volume_id, journal = await journalled(tmp_path)
+    flip(journal, FRAMES_AT_BYTES + 2 * frame_bytes(1) + 40)
+    assert codes(pool) == ["branch-unreadable"]
+    await pool.start()
+    with pytest.raises(DamagedRecord, match="intact frames lie behind"):
+        await pool.open(volume_id)
+    await pool.close()
+    assert journal.exists()
+
+
+async def test_a_flipped_bit_is_no_note_that_a_volume_stopped(tmp_path: Path) -> None:
+    pool, volume_id, journal = await journalled(tmp_path)
+    flip(journal, BLOCK_BYTES)
+    await pool.start()
+    handle = await pool.open(volume_id)
+    assert await read(handle, 4 * 4096, 1) == b"\5"
+    await handle.close()
+    await pool.close()

@@ -9,6 +9,7 @@ from blockvirt.volumes.journal_frames import (
     Change,
     Kind,
     frame_bytes,
+    is_followed,
     pack,
     pack_mark,
     read_frames,
@@ -64,3 +65,35 @@ def test_a_mark_says_what_it_speaks_for() -> None:
     assert len(frame) == MARK_FRAME_BYTES
     (found,) = read_frames(frame, 4, 9, 1)
     assert (found.kind, found.marked(), found.crc) == (Kind.MARK, 7, crc)
+
+
+@given(st.lists(changes, min_size=3, max_size=6), st.integers(0, 5), st.data())
+def test_a_damaged_frame_is_told_from_a_torn_one(batches: list[list[Change]], split: int, data: st.DataObject) -> None:
+    """Frames are appended one after the other: what is intact behind a frame shows that this one was whole once."""
+    first, second = batches[: 1 + split % (len(batches) - 1)], batches[1 + split % (len(batches) - 1) :]
+    log, ends = log_of(first, 3, 77)
+    chain = [frame.crc for frame in read_frames(log, 3, 8, 77)][-1]
+    later = b""
+    for sequence, batch in enumerate(second, start=8 + len(first)):
+        body = b"".join(CHANGE.pack(change.chunk, change.count, change.entry) for change in batch)
+        frame, chain = pack(Kind.MAP, 4, sequence, body, chain)
+        later += frame
+    log, later = log + bytes(200), later + bytes(200)
+    at = data.draw(st.integers(0, ends[-1] - 1))
+    damaged = bytearray(log)
+    damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    intact = list(read_frames(bytes(damaged), 3, 8, 77))
+    chain = intact[-1].crc if intact else 77
+    start = sum(len(frame.body) + frame_bytes(0) for frame in intact)
+    if len(intact) == len(first):
+        return  # a byte that means nothing
+    assert is_followed(bytes(damaged), start, 3, 8 + len(intact), chain, later)
+    torn = log[: data.draw(st.integers(start, at))] + bytes(400)
+    assert not is_followed(torn, start, 3, 8 + len(intact), chain, bytes(400))
+
+
+def test_what_ends_where_it_must_is_not_followed() -> None:
+    log, ends = log_of([[Change(1, 1, 5)], [Change(2, 1, 6)]], 3, 77)
+    chain = list(read_frames(log, 3, 8, 77))[-1].crc
+    stale, _ = log_of([[Change(1, 1, 5)], [Change(2, 1, 6)], [Change(3, 1, 7)]], 1, 5)
+    assert not is_followed(log + stale[ends[-1] :], ends[-1], 3, 10, chain, stale)
