@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blockvirt.nbd import constants as c
-from tests.attacks.kills_clients import Died, NbdSession
+from tests.attacks.kills_clients import Died, NbdSession, Refused
 from tests.attacks.kills_daemon import Daemon
 from tests.attacks.kills_model import CHUNK_BYTES, Expected, Snapshot, Volume, World, Write, differences
 
@@ -101,6 +101,10 @@ class Driver:
         """End sessions: the last one closes its volume, with a checkpoint."""
         for volume in volumes:
             self._sessions.pop(volume).disconnect()
+
+    def open_volumes(self) -> list[str]:
+        """Return the exports with sessions."""
+        return list(self._sessions)
 
     def alone(self, *volumes: str) -> None:
         """End sessions, and wait until the daemon knows."""
@@ -224,12 +228,14 @@ class Driver:
         self._answered()
 
     def grow(self, volume: str, chunks: int) -> None:
-        """Grow a volume by so many chunks."""
+        """Grow a volume by so many chunks; a session would see its old size, and is ended."""
         with self._change() as after:
             after.volumes[volume].content += bytes(chunks * CHUNK_BYTES)
         size_bytes = len(self.world.volumes[volume].content) + chunks * CHUNK_BYTES
         self.daemon.api.call("PATCH", f"/v1/volumes/{volume}", {"size": size_bytes})
         self._answered()
+        if volume in self._sessions:
+            self.disconnect(volume)
 
     def delete(self, volume: str) -> None:
         """Delete a volume for good, and wait for the end of that."""
@@ -272,8 +278,14 @@ class Driver:
         self._answered()
 
     def flatten(self, volume: str) -> None:
-        """Give a clone copies of its own, and wait for the end of that."""
-        self.wait(self.daemon.api.call("POST", f"/v1/volumes/{volume}/flatten")["id"])
+        """Give a clone copies of its own, and wait for the end of that; nothing where it has them."""
+        try:
+            job = self.daemon.api.call("POST", f"/v1/volumes/{volume}/flatten")
+        except Refused as error:
+            if "is no clone" not in str(error):
+                raise
+        else:
+            self.wait(job["id"])
         self.answers += 1
 
     def wait(self, job_id: str) -> None:

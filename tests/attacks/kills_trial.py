@@ -18,12 +18,14 @@ from tests.attacks.kills_clients import Died
 from tests.attacks.kills_daemon import Daemon, DaemonFailed, ForkServer, Pool, Shot
 from tests.attacks.kills_driver import Driver
 from tests.attacks.kills_model import Expected, World
+from tests.attacks.kills_random import MOST_CALLS, MOST_LINES, random_story
 from tests.attacks.kills_scenarios import SCENARIOS, Scenario, leave, prepare
 
 MODES = ("calls", "lines")
 _GOLDEN = 0.6180339887498949
 _STRIDE = 19
 """Seeds that are neighbours do not tell the same story; no divisor of the number of stories and modes."""
+_RANDOM_EVERY = 4
 _EXACT, _TARGETS = 100_000_000, 1_000_000
 _APART = 0.25
 """So many trials go on in another mount namespace."""
@@ -33,24 +35,15 @@ _APART = 0.25
 class Plan:
     """What a seed stands for."""
 
-    slot: int
-    """The place of the story and the mode in ``SLOTS``."""
+    scenario: Scenario
+    mode: str
+    """What is counted: ``calls`` or ``lines``."""
     fraction: float
     """How far into the story the kill comes: of all its calls, or lines."""
     target: int
     """The call or line, from 1 on, instead of a fraction; 0: by the fraction."""
     is_apart: bool
     """The daemon starts again in a mount namespace of its own."""
-
-    @property
-    def scenario(self) -> Scenario:
-        """The story."""
-        return SLOTS[self.slot][0]
-
-    @property
-    def mode(self) -> str:
-        """What is counted."""
-        return SLOTS[self.slot][1]
 
 
 SLOTS = [(scenario, mode) for scenario in SCENARIOS for mode in MODES if mode == "calls" or scenario.base != "none"]
@@ -59,14 +52,20 @@ SLOTS = [(scenario, mode) for scenario in SCENARIOS for mode in MODES if mode ==
 def plan_of(seed: int) -> Plan:
     """Return the plan of a seed: each story in turn, and in each the kills come ever closer to one another.
 
-    Seeds from ``_EXACT`` on name the very call or line, see ``exact``: by them a failure comes again.
+    Every fourth tells a story of its own. Seeds from ``_EXACT`` on name the very call or line, see ``exact``.
     """
     if seed >= _EXACT:
         place, target = divmod(seed - _EXACT, _TARGETS)
-        return Plan(place // 2, 0.0, target, bool(place % 2))
-    step, place = divmod(seed, len(SLOTS))
+        return Plan(*SLOTS[place // 2], 0.0, target, bool(place % 2))
+    dice = random.Random(seed)
+    is_apart = dice.random() < _APART
+    turn, place = divmod(seed, _RANDOM_EVERY)
+    if place == _RANDOM_EVERY - 1:
+        mode, most = dice.choice((("calls", MOST_CALLS), ("lines", MOST_LINES)))
+        return Plan(random_story(seed), mode, 0.0, dice.randrange(1, most), is_apart)
+    step, place = divmod(turn * (_RANDOM_EVERY - 1) + place, len(SLOTS))
     fraction = (step * _GOLDEN + place * _GOLDEN**2) % 1.0
-    return Plan(place * _STRIDE % len(SLOTS), fraction, 0, random.Random(seed).random() < _APART)
+    return Plan(*SLOTS[place * _STRIDE % len(SLOTS)], fraction, 0, is_apart)
 
 
 def exact(slot: int, target: int, *, is_apart: bool = False) -> int:
@@ -172,7 +171,9 @@ class Range:
                 raise Broken(f"the daemon logged a fault of its own: {self._pool.log_tail()}")
         except AssertionError as error:
             story = f"{plan.scenario.name}, {plan.mode[:-1]} {target}: killed at {self._where}"
-            self._outcome.fail(exact(plan.slot, target, is_apart=plan.is_apart), f"{story}: {error}")
+            if plan.fraction:
+                seed = exact(slot_of(plan.scenario.name, plan.mode), target, is_apart=plan.is_apart)
+            self._outcome.fail(seed, f"{story}: {error}")
 
     def _kill(self, plan: Plan, shot: Shot, world: World) -> Expected:
         """Tell the story up to the kill; returns what may be found."""

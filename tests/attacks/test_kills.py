@@ -5,18 +5,21 @@ from tests.attacks.kills_trial import SLOTS, exact, plan_of
 
 
 def test_a_round_of_seeds_tells_every_story() -> None:
-    assert {plan_of(seed).slot for seed in range(7 * len(SLOTS), 8 * len(SLOTS))} == set(range(len(SLOTS)))
+    told = {(plan.scenario.name, plan.mode) for plan in map(plan_of, range(400, 400 + len(SLOTS) * 4 // 3 + 1))}
+    assert told >= {(scenario.name, mode) for scenario, mode in SLOTS}
 
 
 def test_many_rounds_come_to_every_call_of_a_story() -> None:
-    calls = 200
-    rounds = [plan_of(3 + turn * len(SLOTS)) for turn in range(3 * calls)]
-    assert {int(plan.fraction * calls) for plan in rounds} == set(range(calls))
+    calls = 100
+    plans = [plan_of(seed) for seed in range(3 * calls * len(SLOTS) * 4 // 3)]
+    for scenario, mode in SLOTS:
+        mine = [plan for plan in plans if (plan.scenario, plan.mode) == (scenario, mode)]
+        assert {int(plan.fraction * calls) for plan in mine} == set(range(calls))
 
 
 def test_a_seed_can_name_the_very_call() -> None:
     plan = plan_of(exact(5, 17, is_apart=True))
-    assert (plan.slot, plan.target, plan.is_apart) == (5, 17, True)
+    assert (plan.scenario, plan.mode, plan.target, plan.is_apart) == (*SLOTS[5], 17, True)
     assert plan_of(exact(5, 17) + 1) == plan_of(exact(5, 18))
 
 
