@@ -10,6 +10,7 @@ must stay zeros when something is written beside it; and `check` must find no co
 import asyncio
 import os
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.attacks.power_cuts_disk import Disk, copy_sparse, loop_device, memory
 from tests.attacks.power_cuts_load import examine, scribble
 from tests.attacks.power_cuts_model import PoolModel
 
-STATES = 200  # of one recording; half of them have everything up to a write, the others have lost a part of it
+STATES = 40  # of one recording; half of them have everything up to a write, the others have lost a part of it
 FILESYSTEMS = ("ext4", "xfs")
 
 
@@ -47,14 +48,12 @@ class Replay:
         stack.callback(self.disk.close)
 
     def _places(self) -> list[int]:
-        """Choose where in the log the crashes are: half of them all over it, half of them soon after a promise."""
+        """Choose where in the log the crashes are: soon after promises, in the recovery, and all over it."""
         dice, count = random.Random("where crashes are"), len(self.log.entries)
-        places = [1 + int((index + dice.random()) * count / (STATES // 2)) for index in range(STATES // 2)]
-        promises = self.recording.promises() or [0]
-        places += [
-            promises[index * len(promises) * 2 // STATES] + dice.choice((0, 1, 1, 2, 3, 5))
-            for index in range(STATES - len(places))
-        ]
+        places = _spread(self.recording.recovery, STATES // 8)
+        for promises in (self.recording.flush_places(), self.recording.change_places()):
+            places += [place + dice.choice((0, 1, 1, 2, 3, 5)) for place in _spread(promises, STATES // 3)]
+        places += _spread(range(1, count + 1), STATES - len(places))
         return sorted(min(place, count) for place in places)
 
     def make(self, index: int, dice: random.Random) -> tuple[int, str]:
@@ -71,6 +70,11 @@ class Replay:
             self.log.apply(entry, self._image, pieces)
         lost = f", of the last {len(last)} only a part" if is_torn else ""
         return end, f"{self.recording.kind} after {end} of {len(entries)} writes{lost}"
+
+
+def _spread(places: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` of the places, evenly spread: some twice where there are fewer."""
+    return [places[index * len(places) // count] for index in range(count)] if places else []
 
 
 def _open(path: Path, stack: ExitStack) -> int:
@@ -92,7 +96,7 @@ class Trial:
     async def run(self) -> None:
         """Make it, recover, compare."""
         replay, disk, outcome = self.replay, self.replay.disk, self.outcome
-        at, self.what = replay.make(self.seed % STATES, self.dice)
+        at, self.what = replay.make((self.seed - 1) % STATES, self.dice)
         try:
             disk.mount()
         except OSError:
@@ -172,13 +176,13 @@ def _run(budget: Budget) -> Outcome:
 
 
 async def _states(budget: Budget, outcome: Outcome, folder: Path) -> None:
-    number, mountpoint = -1, budget.scratch / "m"
+    number, mountpoint = -2, budget.scratch / "m"
     with ExitStack() as kept:
         stack = kept.enter_context(ExitStack())
         replay: Replay | None = None
         for seed in budget.seeds(outcome):
-            if seed // STATES != number:
-                number = seed // STATES
+            if (seed - 1) // STATES != number:
+                number = (seed - 1) // STATES
                 stack.close()
                 recording = await record(number, FILESYSTEMS[number % 2], folder, mountpoint)
                 for problem in recording.problems:
@@ -195,7 +199,7 @@ ATTACK = Attack(
     name="crash_states",
     unit="crash states",
     promises=("I1", "I2", "I3", "I5", "I6", "I8"),
-    trials={Level.SAMPLE: 80, Level.PROVE: 2_000, Level.SOAK: 200_000},
+    trials={Level.SAMPLE: 60, Level.PROVE: 2_000, Level.SOAK: 200_000},
     run=run,
     requires=("root", "loop", "fuse", "qemu-storage-daemon", "mkfs.ext4", "mkfs.xfs"),
 )

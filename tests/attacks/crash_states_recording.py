@@ -29,15 +29,20 @@ class Recording:
     """From this entry on the pool and its first volumes are there."""
     eras: list[tuple[int, PoolModel]] = field(default_factory=list)
     """From which entry on what was promised is told by which model: recovery settles what was open before."""
+    recovery: range = range(0)
+    """The entries that were written from the mount after the power cut to the end of recovery."""
     flushes: int = 0
     problems: list[str] = field(default_factory=list)
     """What was broken while it was recorded."""
 
-    def promises(self) -> list[int]:
-        """Return after which entries something was acknowledged that must not be lost: the places to look at."""
+    def flush_places(self) -> list[int]:
+        """Return after which entries flushes were acknowledged."""
+        return sorted({at for _, model in self.eras for each in model.volumes.values() for at in each.promises()})
+
+    def change_places(self) -> list[int]:
+        """Return after which entries snapshots, volumes and deletions were acknowledged."""
         places: set[int] = set()
         for _, model in self.eras:
-            places.update(*(volume.promises() for volume in model.volumes.values()))
             lives = [each.life for each in model.volumes.values()]
             lives += [each.life for each in model.snapshots.values()]
             places.update(life.made.answered for life in lives)
@@ -103,8 +108,10 @@ class _Session:
         await self.pool.close()
         self.disk.unmount()
         done.eras.append((0, copy.deepcopy(model)))
+        cut_at = model.clock()
         self.disk.mount()
         await self.pool.start(sealing=True)
+        done.recovery = range(cut_at, model.clock() + 1)
         found = await examine(self.pool, model, NEVER - 1)
         done.problems += found.problems
         if not done.problems:
@@ -117,13 +124,15 @@ class _Session:
 
     async def _work(self, *, cut: bool) -> None:
         requests = self.dice.randrange(*REQUESTS)
-        load = Load(
-            self.pool, self.model, self.dice, requests, self.disk.shut_down if cut else _nothing, self._writes_back
-        )
+        load = Load(self.pool, self.model, self.dice, requests, self._cut if cut else _nothing, self._writes_back)
         await load.run()
         self.done.flushes += load.flushes
         if load.problem:
             self.done.problems.append(load.problem)
+
+    def _cut(self) -> bool:
+        self.disk.shut_down()
+        return True
 
     def _writes_back(self, dice: random.Random) -> None:
         file = random_file(self.pool.device, dice)
@@ -133,5 +142,6 @@ class _Session:
             self.disk.write_back(file)
 
 
-def _nothing() -> None:
+def _nothing() -> bool:
     """The load ends, and nothing else does."""
+    return False

@@ -53,6 +53,12 @@ class History:
 
     async def run(self) -> None:
         """Work, cut, look; until a promise is broken."""
+        try:
+            await self._run()
+        finally:
+            await self.pool.forget()
+
+    async def _run(self) -> None:
         self.disk.mount()
         await self.pool.start()
         for number in range(self.dice.randrange(1, 4)):
@@ -93,12 +99,14 @@ class History:
         self.model.settle(found.volumes, found.snapshots, NOW)
         return not found.problems
 
-    def _cut(self) -> None:
+    def _cut(self) -> bool:
         self.disk.shut_down(self.dice.choice((LOSE_LOG, LOSE_LOG, LOSE_LOG, FLUSH_LOG)))
         if self.dice.random() < 0.5:
             self.pool.kill()
-        else:  # it meets the errors of a dead disk, and must not acknowledge anything that is lost
-            self._dying = asyncio.get_running_loop().call_later(_DYING_S, self.pool.kill)
+            return False
+        # It meets the errors of a dead disk, and must not acknowledge anything that is lost.
+        self._dying = asyncio.get_running_loop().call_later(_DYING_S, self.pool.kill)
+        return True
 
     def _what_the_kernel_does(self, dice: random.Random) -> None:
         file = random_file(self.device, dice)

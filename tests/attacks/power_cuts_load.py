@@ -26,6 +26,7 @@ from tests.attacks.power_cuts_model import (
 )
 
 MAX_VOLUMES, MAX_SNAPSHOTS = 5, 8
+_DEAD_REQUESTS = 100  # that are sent after the power was cut, to what lives on
 
 
 class Kind(StrEnum):
@@ -90,11 +91,18 @@ class Pool(Protocol):
 
 def bursts(dice: random.Random, first: int, sectors: int) -> Iterator[list[Request]]:
     """Yield requests to ``sectors`` from ``first`` on that are sent together: no two of them overlap."""
+    weights = (56, 6, 6, 8, dice.choice((2, 10, 30)), 2, 2)
     while True:
+        if dice.random() < 0.1:  # each kind of change must be enough of a reason for a sync
+            kind = dice.choice((Kind.WRITE, Kind.ZERO, Kind.ALLOCATE, Kind.TRIM))
+            change = _range(dice, kind, first, sectors)
+            yield [Request(Kind.FLUSH)]
+            yield [change]
+            yield [Request(Kind.FLUSH)]
         burst: list[Request] = []
         taken: list[tuple[int, int]] = []
         for _ in range(dice.choice((1, 1, 2, 3, 4))):
-            request = _one(dice, first, sectors)
+            request = _range(dice, dice.choices(list(Kind), weights)[0], first, sectors)
             end = request.first + request.count
             if request.count and any(request.first < stop and start < end for start, stop in taken):
                 continue
@@ -105,8 +113,7 @@ def bursts(dice: random.Random, first: int, sectors: int) -> Iterator[list[Reque
         yield burst
 
 
-def _one(dice: random.Random, begin: int, sectors: int) -> Request:
-    kind = dice.choices(list(Kind), (56, 6, 6, 8, 20, 2, 2))[0]
+def _range(dice: random.Random, kind: Kind, begin: int, sectors: int) -> Request:
     if kind in (Kind.FLUSH, Kind.REOPEN, Kind.CHECKPOINT):
         return Request(kind)
     count = min(sectors, dice.choice((1, 1, 3, 8, 8, 8, 16, 40, 128)))
@@ -126,14 +133,18 @@ class Load:
         model: PoolModel,
         dice: random.Random,
         requests: int,
-        cut: Callable[[], None],
+        cut: Callable[[], bool],
         meanwhile: Callable[[random.Random], None],
     ) -> None:
-        """After ``requests`` of them ``cut`` is called; ``meanwhile`` now and then, for what the kernel may do."""
+        """After ``requests`` of them ``cut`` is called; ``meanwhile`` now and then, for what the kernel may do.
+
+        If ``cut`` returns True, who serves lives on: it is tried whether it acknowledges what it cannot keep (I7).
+        """
         self._pool = pool
         self._model = model
         self._dice = dice
         self._left = requests
+        self._lives_on = 0
         self._cut = cut
         self._meanwhile = meanwhile
         self._lanes: dict[str, list[asyncio.Task[None]]] = {}
@@ -175,7 +186,7 @@ class Load:
         opened = await self._pool.open(volume.name)
         try:
             for burst in bursts(dice, first, sectors):
-                if self.is_cut or volume.name in self._ending:
+                if self._is_over() or volume.name in self._ending:
                     return
                 if burst[0].kind is Kind.REOPEN:
                     await opened.close()
@@ -192,7 +203,7 @@ class Load:
 
     async def _send(self, opened: Volume, volume: VolumeModel, request: Request) -> None:
         self._count()
-        if self.is_cut:
+        if self._is_over():
             return
         model, number = self._model, self._model.number()
         if request.kind in (Kind.FLUSH, Kind.CHECKPOINT):
@@ -211,13 +222,17 @@ class Load:
             volume.flushed(mark, model.clock())
             self.flushes += 1
 
+    def _is_over(self) -> bool:
+        return self.is_cut and not self._lives_on
+
     def _count(self) -> None:
         if self.is_cut:
+            self._lives_on = max(0, self._lives_on - 1)
             return
         self._left -= 1
         if self._left <= 0:
             self.is_cut = True
-            self._cut()
+            self._lives_on = _DEAD_REQUESTS if self._cut() else 0
         elif self._dice.random() < 0.08:
             self._meanwhile(self._dice)
         if self._left <= self._acts_at or self.is_cut:
@@ -227,7 +242,7 @@ class Load:
 
     async def _control(self, group: asyncio.TaskGroup) -> None:
         while not self.is_cut:
-            self._acts_at = self._left - self._dice.randrange(3, 16)
+            self._acts_at = self._left - self._dice.randrange(2, 14)
             self._acts.clear()
             await self._acts.wait()
             if not self.is_cut:

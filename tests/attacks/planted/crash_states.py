@@ -1,0 +1,186 @@
+"""Bugs of the kind that crash states find: something is promised before what it rests on is on the disk."""
+
+import asyncio
+from typing import Any
+
+from blockvirt.meta.records import BranchRecord, FileRecord
+from blockvirt.pool.backing import BackingFile, unlink_files
+from blockvirt.syscalls import zero_range
+from blockvirt.volumes import checkpoint, flush, recovery
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.flush import Flusher
+from blockvirt.volumes.journal import Journal, journal_paths
+from blockvirt.volumes.recovery import Replay
+from blockvirt.volumes.volume import Volume
+from tests.attacks.planted.bugs import Bug, replacing
+
+ATTACK = "crash_states"
+
+
+async def _no_sync(volume: Volume) -> None:
+    for file in volume.files.unsynced():
+        file.unsynced_bytes = 0
+
+
+async def _noted_afterwards(volume: Volume) -> None:
+    files = volume.files.unsynced()
+
+    def sync_all() -> None:
+        for file in files:
+            file.sync()
+
+    await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
+    for file in files:
+        file.unsynced_bytes = 0  # what was written meanwhile is not looked for any more
+
+
+async def _only_beforehand(volume: Volume) -> None:
+    """The sync before the freeze, and none of what was written between the two."""
+    task = asyncio.current_task()
+    if task is None or not task.get_name().endswith(":sync"):
+        await flush.sync_data(volume)
+
+
+async def _mark_first(self: Flusher) -> None:
+    volume = self._volume
+    volume.check()
+    journal = volume.journal
+    if journal is not None and journal.needs_mark():
+        upto = journal.map_sequence
+        journal.mark(upto)
+        await flush.sync_guarded(volume, "its journal cannot be synced", journal.sync)
+        journal.durable_sequence = max(journal.durable_sequence, upto)
+    await flush.sync_data(volume)
+
+
+async def _mark_too_much(self: Flusher) -> None:
+    volume = self._volume
+    volume.check()
+    journal = volume.journal
+    await flush.sync_data(volume)
+    if journal is not None and journal.needs_mark():
+        upto = journal.map_sequence  # by now, and not when the files to sync were noted
+        journal.mark(upto)
+        await flush.sync_guarded(volume, "its journal cannot be synced", journal.sync)
+        journal.durable_sequence = max(journal.durable_sequence, upto)
+
+
+async def _join_the_running_one(self: Flusher) -> None:
+    if self._next is None or self._next.done():
+        self._next = self._volume.tasks.start(_whole_round(self), "flush", awaited=True)
+    await asyncio.shield(self._next)
+
+
+async def _whole_round(flusher: Flusher) -> None:
+    async with flusher.syncing:
+        await flusher._flush_noted()
+
+
+_commit = recovery._commit
+
+
+def _journal_removed_first(
+    context: VolumeContext, branch: BranchRecord, records: list[FileRecord], replay: Replay
+) -> None:
+    for folder in context.storage.paths().values():
+        unlink_files(journal_paths(folder, branch.number))
+    _commit(context, branch, records, replay)
+
+
+def _zero_uncounted(self: BackingFile, position: int, length: int) -> None:
+    zero_range(self.fd, position, length)
+
+
+def _nothing(*_: Any) -> None:
+    """What should be done is not."""
+
+
+def _yes(*_: Any) -> bool:
+    return True
+
+
+def _bug(name: str, what: str, plant: Any, *breaks: str, count: int = 200, is_quick: bool = False) -> Bug:
+    return Bug(name, what, breaks, ATTACK, plant, count=count, seed=1, is_quick=is_quick)
+
+
+BUGS: tuple[Bug, ...] = (
+    _bug(
+        "flush-without-data",
+        "a flush syncs the journal and not the files",
+        replacing(flush, "sync_data", _no_sync),
+        "I3",
+        is_quick=True,
+    ),
+    _bug(
+        "mark-before-data",
+        "a flush syncs the mark, then the data",
+        replacing(Flusher, "_flush_noted", _mark_first),
+        "I1",
+    ),
+    _bug(
+        "mark-speaks-for-later-writes",
+        "a mark names the newest frame, not the newest before the sync",
+        replacing(Flusher, "_flush_noted", _mark_too_much),
+        "I1",
+    ),
+    _bug(
+        "sync-noted-afterwards",
+        "writes during a sync count as synced",
+        replacing(flush, "sync_data", _noted_afterwards),
+        "I3",
+    ),
+    _bug(
+        "flush-joins-the-running-one",
+        "who asks while one runs gets its answer",
+        replacing(Flusher, "flush", _join_the_running_one),
+        "I3",
+    ),
+    _bug(
+        "checkpoint-without-data",
+        "a checkpoint syncs no file",
+        replacing(checkpoint, "sync_data", _no_sync),
+        "I1",
+        "I5",
+    ),
+    _bug(
+        "freeze-after-the-sync",
+        "a snapshot does not sync what was written between the first sync and the freeze",
+        replacing(checkpoint, "sync_data", _only_beforehand),
+        "I1",
+        "I5",
+        count=1_000,
+    ),
+    _bug(
+        "journal-never-synced",
+        "marks stay in the page cache",
+        replacing(Journal, "sync", _nothing),
+        "I3",
+        is_quick=True,
+    ),
+    _bug(
+        "recovery-believes-every-frame",
+        "after a power cut frames behind the last mark are replayed",
+        replacing(recovery, "_same_page_cache", _yes),
+        "I1",
+    ),
+    _bug(
+        "recovery-keeps-the-tail",
+        "files are not cut back to the high-water mark",
+        replacing(BackingFile, "cut", _nothing),
+        "I2",
+        "I8",
+    ),
+    _bug(
+        "journal-removed-first",
+        "recovery removes the journal, then commits",
+        replacing(recovery, "_commit", _journal_removed_first),
+        "I3",
+    ),
+    _bug(
+        "zeroes-uncounted",
+        "zeroes in place are not looked for by a flush",
+        replacing(BackingFile, "zero", _zero_uncounted),
+        "I3",
+        count=600,
+    ),
+)
