@@ -46,7 +46,7 @@ class NbdSession:
         try:
             self._socket.connect(str(path))
             self._negotiate()
-        except OSError as error:
+        except (ConnectionError, FileNotFoundError) as error:
             self.close()
             raise Died(f"connecting to {export}: {error}") from error
         except BaseException:
@@ -76,6 +76,8 @@ class NbdSession:
                 part = self._socket.recv(length - len(parts))
             except ConnectionError as error:
                 raise Died(str(error)) from error
+            except TimeoutError:
+                raise Refused(f"no answer about {self.export!r} in {ANSWER_DEADLINE_S:g} s") from None
             if not part:
                 raise Died("the connection was closed")
             parts += part
@@ -155,6 +157,8 @@ class Api:
             content = answer.read()
         except (http.client.HTTPException, ConnectionError) as error:
             raise Died(f"{what}: {error}") from error
+        except TimeoutError:
+            raise Refused(f"{what} is not answered in {ANSWER_DEADLINE_S:g} s") from None
         finally:
             connection.close()
         if answer.status >= 300:

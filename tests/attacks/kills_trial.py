@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from blockvirt import check
+from blockvirt.errors import BlockvirtError
 from tests.attacks.attack import Outcome
 from tests.attacks.kills_clients import Died
 from tests.attacks.kills_daemon import Daemon, DaemonFailed, ForkServer, Pool, Shot
@@ -169,7 +170,7 @@ class Range:
             self._judge(plan, expected)
             if "Traceback" in self._pool.log.read_text(errors="replace"):
                 raise Broken(f"the daemon logged a fault of its own: {self._pool.log_tail()}")
-        except AssertionError as error:
+        except (AssertionError, Died) as error:
             story = f"{plan.scenario.name}, {plan.mode[:-1]} {target}: killed at {self._where}"
             if plan.fraction:
                 seed = exact(slot_of(plan.scenario.name, plan.mode), target, is_apart=plan.is_apart)
@@ -223,7 +224,10 @@ class Range:
         self._outcome.add("other mount namespaces", int(plan.is_apart))
 
     def _check(self, when: str) -> None:
-        report = check.run(self._pool.state, repair=False, restore_metadata=False, data=True)
+        try:
+            report = check.run(self._pool.state, repair=False, restore_metadata=False, data=True)
+        except BlockvirtError as error:
+            raise Broken(f"the check {when} cannot run: {error.message}") from error
         if report.exit_code not in (check.CLEAN, check.LEAKS):
             raise Broken(f"the check {when}: {report.summary}: {report.findings[0]}")
         self._outcome.add(f"leaks {when}", int(report.exit_code == check.LEAKS))
