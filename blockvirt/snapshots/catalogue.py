@@ -21,7 +21,7 @@ from blockvirt.meta.keys import Table, snapshot_name_key
 from blockvirt.meta.records import SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots import transactions
-from blockvirt.snapshots.freed import freed_by
+from blockvirt.snapshots.freed import branches_judged, freed_by
 from blockvirt.snapshots.listing import Page, page
 from blockvirt.snapshots.readers import SnapshotReaders, find_snapshot
 from blockvirt.snapshots.transactions import Wanted
@@ -218,6 +218,7 @@ class Snapshots:
         records, damaged = await self._engine.context.threads.run(
             partial(self._to_delete, names_or_ids, force or dry_run)
         )
+        await self._bring_in(records)
         views, freed_bytes = await self._engine.context.threads.run(partial(self._would_free, records, damaged))
         obstacles = tuple(_obstacles(views, () if force else damaged))
         if dry_run:
@@ -232,7 +233,7 @@ class Snapshots:
                     correction="end them ('blockvirt session list'), or use force",
                     sessions=shown.sessions,
                 )
-        jobs = await self.delete_ids([record.id for record in records], expected_revision, damaged)
+        jobs = await self._delete([record.id for record in records], expected_revision, damaged)
         for shown in views:
             log.info("snapshot %s@%s deleted", shown.volume, shown.name)
         return Deletion(views, freed_bytes, deleted=True, job_ids=jobs)
@@ -275,22 +276,44 @@ class Snapshots:
             intact = [each for each in records if each.id not in damaged]
             return views, freed_by(reader, intact) * self._chunk_bytes
 
-    async def delete_ids(
+    async def delete_ids(self, ids: Sequence[str]) -> tuple[str, ...]:
+        """Delete snapshots by their ids, all or none, sessions or not; returns the reclaim jobs' ids.
+
+        One that is gone is no error. Raises InUse where one is held, DamagedRecord.
+        """
+        await self._bring_in(await self._engine.context.threads.run(partial(self._still_there, ids)))
+        return await self._delete(ids)
+
+    async def _delete(
         self,
         ids: Sequence[str],
         expected_revision: int | None = None,
         damaged: Mapping[str, SnapshotRecord] = MappingProxyType({}),
     ) -> tuple[str, ...]:
-        """Delete snapshots by their ids, all or none, sessions or not; returns the reclaim jobs' ids.
-
-        One that is gone is no error. ``damaged`` are those that go all the same, by ids: what stands in for their
-        records. Raises InUse where one is held, PreconditionFailed, DamagedRecord.
-        """
         jobs = await self._store.commit(lambda writer: transactions.delete(writer, ids, expected_revision, damaged))
         for snapshot_id in ids:
             self._readers.drop(snapshot_id)
         self._engine.jobs.wake(*jobs)
         return tuple(jobs)
+
+    def _still_there(self, ids: Sequence[str]) -> Sequence[SnapshotRecord]:
+        with self._store.read() as reader:
+            found = [reader.record(SnapshotRecord, Table.SNAPSHOTS, snapshot_id.encode()) for snapshot_id in ids]
+        return [record for record in found if record is not None]
+
+    async def _bring_in(self, records: Sequence[SnapshotRecord]) -> None:
+        """Have the metadata know what guests overwrote up to now: until then what snapshots alone hold seems shared."""
+
+        def judged() -> set[int]:
+            with self._store.read() as reader:
+                return branches_judged(reader, records)
+
+        try:
+            branches = await self._engine.context.threads.run(judged)
+        except DamagedRecord as error:  # whether that is in the way is not for this to say
+            log.warning("a deletion is judged as of the last checkpoint: %s", error)
+            return
+        await self._engine.registry.checkpoint_now(branches)
 
     async def close(self) -> None:
         """Wait for what is under way."""

@@ -11,7 +11,7 @@ from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord
 from blockvirt.meta.store import Reader
 from blockvirt.volumes.deletion import branches_of
 from blockvirt.volumes.gaps import chunks_freed
-from blockvirt.volumes.versions import points_of
+from blockvirt.volumes.versions import branch_record, points_of
 
 
 def freed_with_volume(reader: Reader, volume_id: str) -> int:
@@ -34,6 +34,23 @@ def freed_by(reader: Reader, snapshots: Sequence[SnapshotRecord]) -> int:
     Cost: what changed around them, not the size of their volumes.
     """
     return _follow(reader, {snapshot.id for snapshot in snapshots}, {each.branch for each in snapshots}, heads=set())
+
+
+def branches_judged(reader: Reader, snapshots: Sequence[SnapshotRecord]) -> set[int]:
+    """Return the branches whose maps may say what becomes free when these snapshots go; raises DamagedRecord.
+
+    Those without a head may go whole, and then what they come from is judged too.
+    """
+    judged = set[int]()
+    pending = {snapshot.branch for snapshot in snapshots if snapshot.branch}
+    while pending:
+        number = pending.pop()
+        judged.add(number)
+        branch = branch_record(reader, number)
+        if not branch.head_epoch:
+            origins = {origin for origin, _ in ((branch.origin_branch, 0), *branch.pins) if origin}
+            pending |= origins - judged
+    return judged
 
 
 def _freed(reader: Reader, volume_id: str, *, heads: bool) -> int:

@@ -67,6 +67,20 @@ class Checkpointer:
             self._running = self.volume.tasks.start(checkpoint([self]), "checkpoint", awaited=True)
         await asyncio.shield(self._running)
 
+    async def run_now(self) -> None:
+        """Bring what there is now into the metadata; raises VolumeStopped. Nothing is done where there is nothing.
+
+        What is written meanwhile may stay out, so this ends on a busy volume too.
+        """
+        # One task, which whoever takes the volume's parts away waits for.
+        await asyncio.shield(self.volume.tasks.start(self._run_behind(self._running), "checkpoint now", awaited=True))
+
+    async def _run_behind(self, running: asyncio.Task[None] | None) -> None:
+        if running is not None and not running.done():
+            await asyncio.wait([running])  # it may have frozen before the last change
+        if self._uncovered():
+            await self.run()
+
     async def run_all(self) -> None:
         """Run checkpoints until one covers everything there is; raises VolumeStopped. For a volume without sessions.
 

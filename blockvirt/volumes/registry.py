@@ -5,7 +5,7 @@ A volume that nobody uses holds no memory, no descriptor and no journal.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container
 from contextlib import asynccontextmanager
 
 from blockvirt.errors import BeingDeleted, BlockvirtError, InUse, NotFound, ShuttingDown, VolumeStopped
@@ -270,6 +270,20 @@ class VolumeRegistry:
     def opened(self) -> list[OpenVolume]:
         """Return the volumes that are open now."""
         return [slot.opened for slot in self._slots.values() if slot.opened is not None]
+
+    async def checkpoint_now(self, branches: Container[int]) -> None:
+        """Bring what the open volumes with these heads hold now into the metadata, one after the other.
+
+        Those that are just closing too. One that cannot be is passed over: a volume that has stopped says so itself.
+        """
+        for slot in list(self._slots.values()):
+            live = slot.opened or slot.closing
+            if live is None or live.volume.map.branch not in branches:
+                continue
+            try:
+                await live.checkpointer.run_now()
+            except BlockvirtError as error:
+                log.warning("what volume %s holds is not judged as of now: %s", live.volume.record.name, error)
 
     async def reopen(self, volume_id: str) -> None:
         """Bring a volume that has stopped (I7) back as after a power cut. Its sessions are dropped first.
