@@ -1,5 +1,6 @@
 """``blockvirt volume``: allocate, list, show, grow, rename, delete."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ from blockvirt.cli.context import Context, parse_labels, pass_context, size_give
 from blockvirt.cli.job_progress import wait_for
 from blockvirt.cli.output import Column, output_option, show_rows, to_the_second
 from blockvirt.cli.volume_view import show_volume
+from blockvirt.errors import BlockvirtError
 
 LIST = (
     Column("NAME", "name"),
@@ -153,13 +155,41 @@ def delete(
 ) -> None:
     """Put volumes into the trash with their snapshots, or with --purge delete them for good.
 
-    In the trash a volume is whole, and can be had back until its deadline; its name is free at once.
+    In the trash a volume is whole, and can be had back until its deadline; its name is free at once. Where one is
+    refused, those named before it have gone, and those behind it stay.
     """
     given = {"force": force, "purge": purge, "dry_run": dry_run}
     query = {name: "true" for name, value in given.items() if value}
-    gone = [context.client.call("DELETE", f"/v1/volumes/{segment(volume)}", query=query) for volume in volumes]
+    gone: list[dict[str, Any]] = []
+    refusal: BlockvirtError | None = None
+    for volume in volumes:
+        try:
+            gone.append(context.client.call("DELETE", f"/v1/volumes/{segment(volume)}", query=query))
+        except BlockvirtError as error:
+            if not gone:
+                raise
+            refusal = error
+            break
     if wait:
+        _wait(context, gone, refusal)
+    _show_gone(gone, output)
+    if refusal is not None:
+        if output != "json" and not dry_run:
+            click.echo(f"not deleted: {', '.join(volumes[len(gone) :])}", err=True)
+        raise refusal
+
+
+def _wait(context: Context, gone: Sequence[dict[str, Any]], refusal: BlockvirtError | None) -> None:
+    """Wait for what was begun. What goes wrong with it is only said where a refusal is to end the command."""
+    try:
         wait_for(context.client, [each["job_id"] for each in gone if each.get("job_id")])
+    except BlockvirtError as error:
+        if refusal is None:
+            raise
+        click.echo("; ".join(part for part in (error.message, error.cause, error.correction) if part), err=True)
+
+
+def _show_gone(gone: Sequence[dict[str, Any]], output: str) -> None:
     rows = [
         each
         | {
