@@ -106,7 +106,4 @@ def _is_same(device: DeviceStatus, path: str, body: models.DeviceCreate) -> bool
 @operations.add("DELETE", "/v1/devices/{device}", {200: models.Device}, errors=(404, 409))
 async def remove_device(call: Call, device: str) -> Reply:
     """Take an empty device out of the pool, by name or id."""
-    found = next((each for each in call.services.devices.list() if device in (each.name, each.id)), None)
-    await call.services.devices.remove(device)
-    assert found is not None, "a device that was removed was listed before"
-    return Reply(answers.device(found))
+    return Reply(answers.device(await call.services.devices.remove(device)))

@@ -102,7 +102,7 @@ class Engine:
             with store.read() as reader:
                 members = members_of(reader)
             storage = PoolStorage(store, threads, *claim_all(members, pool.id))
-            stack.callback(storage.release)
+            stack.push_async_callback(storage.close)
             await _add_devices(storage, members, devices or ([] if members else [state_dir / "pool"]))
             engine = cls(volume_context(settings, pool, storage, store, threads), storage)
             stack.push_async_callback(engine.registry.close)

@@ -135,14 +135,17 @@ class DeviceAdmin(Protocol):
     ) -> DeviceStatus:
         """Label a directory and take it into the pool; ``reserve_bytes`` None: a share of the disk.
 
-        Raises DeviceFault, Exists, LimitReached, InvalidRequest.
+        Cancelling the await does not withdraw it. Raises DeviceFault, Exists, LimitReached, InvalidName.
         """
 
     def list(self) -> Sequence[DeviceStatus]:
         """Return all devices of the pool, usable or not."""
 
-    async def remove(self, name_or_id: str) -> None:
-        """Take an empty device out of the pool; raises NotFound, InUse."""
+    async def remove(self, name_or_id: str) -> DeviceStatus:
+        """Take an empty device out of the pool and return what it was; raises NotFound, InUse, DeviceFault.
+
+        Cancelling the await does not withdraw it.
+        """
 
 
 @dataclass(frozen=True, slots=True)

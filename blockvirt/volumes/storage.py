@@ -8,16 +8,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, InUse, NotFound, PoolFull
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, Exists, LimitReached, NotFound, PoolFull
 from blockvirt.ids import check_name, new_id
 from blockvirt.limits import RESERVE_STEP_MIN_BYTES
 from blockvirt.meta.keys import POOL_KEY, Table, split_pair
 from blockvirt.meta.records import DeviceRecord, FileRecord, PoolRecord, VolumeRecord, punch_count
-from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.store import Store
 from blockvirt.pool.devices import Device, DeviceProblem, FilesystemSpace, space_at
 from blockvirt.pool.membership import add_device, check_removable, erase_device
 from blockvirt.pool.placement import Candidate, Policy, choose
@@ -29,7 +30,10 @@ from blockvirt.pool.space import (
     level,
     pool_totals,
 )
+from blockvirt.tasks import TaskSet
 from blockvirt.units import format_size
+from blockvirt.volumes.device_records import enter_device, last_device, leave_device
+from blockvirt.volumes.device_status import in_use, out_of_use
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.ports import DeviceStatus, PoolStatus
 
@@ -56,6 +60,9 @@ class PoolStorage:
         self._identities = {device.record.id: device.identity.digest() for device in devices}
         self._copy_problems: dict[str, str] = {}
         self.counting = asyncio.Lock()
+        self._membership = asyncio.Lock()
+        """Held while a device comes or goes: what is decided of the others must hold until the record is stored."""
+        self._changes = TaskSet("devices")
         self._used_chunks: Counter[int] = Counter()
         """By backing file."""
         self._device_chunks: Counter[str] = Counter()
@@ -187,11 +194,14 @@ class PoolStorage:
             id=record.id,
             filesystem=space.filesystem,
             free_bytes=space.free_bytes,
-            used_bytes=self._device_chunks[record.id] * self._chunk_bytes,
+            used_bytes=self._used_bytes(record),
             ahead_bytes=max(0, self._ahead_bytes[record.id]),
             limit_bytes=record.limit_bytes,
             reserve_bytes=record.reserve_bytes,
         )
+
+    def _used_bytes(self, record: DeviceRecord) -> int:
+        return self._device_chunks[record.id] * self._chunk_bytes
 
     def _space(self, device: Device) -> DeviceSpace:
         return device_space(self._figures(device))
@@ -204,11 +214,14 @@ class PoolStorage:
             try:
                 mine = self._figures(device)
             except BlockvirtError as error:
-                devices.append(self._out_of_use(device.record, error))
+                devices.append(out_of_use(device.record, error, self._used_bytes(device.record)))
                 continue
             figures.append(mine)
-            devices.append(_in_use(device, device_space(mine), self._copy_problems.get(device.record.id, "")))
-        devices += [self._out_of_use(problem.record, problem.fault) for problem in self._problems.values()]
+            devices.append(in_use(device, device_space(mine), self._copy_problems.get(device.record.id, "")))
+        devices += [
+            out_of_use(problem.record, problem.fault, self._used_bytes(problem.record))
+            for problem in self._problems.values()
+        ]
         totals = pool_totals(figures)
         pool = self._pool
         reached = level(
@@ -236,22 +249,6 @@ class PoolStorage:
         """See PoolSpace."""
         self._pool = self._pool_record()
 
-    def _out_of_use(self, record: DeviceRecord, error: BlockvirtError) -> DeviceStatus:
-        return DeviceStatus(
-            id=record.id,
-            name=record.name,
-            path=record.path,
-            state=str(error.details.get("reason", "failed")),
-            capacity_bytes=0,
-            used_bytes=self._device_chunks[record.id] * self._chunk_bytes,
-            reserved_bytes=0,
-            free_bytes=0,
-            limit_bytes=record.limit_bytes,
-            reserve_bytes=record.reserve_bytes,
-            labels=record.labels,
-            problem=f"{error.message}; {error.correction}",
-        )
-
     # --- ports.DeviceAdmin -----------------------------------------------------------------------------------------
 
     def list(self) -> Sequence[DeviceStatus]:
@@ -269,62 +266,79 @@ class PoolStorage:
         create: bool = False,
     ) -> DeviceStatus:
         """See DeviceAdmin. ``create`` makes the directory."""
-        members = [device.record for device in self._devices.values()]
-        members += [problem.record for problem in self._problems.values()]
-        name = name if name is not None else _free_name({member.name for member in members})
-        check_name(name, what="device")
-        if reserve_bytes is None:
-            total_bytes = (await self._threads.run(partial(_space_of_parent, Path(path), name))).total_bytes
-            reserve_bytes = default_reserve_bytes(total_bytes)
-        wanted = DeviceRecord(new_id(), name, path, self._clock(), limit_bytes, reserve_bytes, dict(labels))
-        device = await self._threads.run(lambda: add_device(wanted, self._pool.id, members, create=create))
-        record = device.record
-        try:
-            await self._store.commit(lambda writer: writer.put_record(Table.DEVICES, record.id.encode(), record))
-        except BaseException:
-            device.release()
-            raise
-        self._devices[record.id] = device
-        self._identities[record.id] = device.identity.digest()
-        for warning in device.warnings:
-            log.warning("device %s: %s", record.name, warning)
-        return _in_use(device, self._space(device))
+        adding = self._add(path, name, limit_bytes, reserve_bytes, labels, create=create)
+        return await self._to_end(adding, "add a device")
 
-    async def remove(self, name_or_id: str) -> None:
+    async def remove(self, name_or_id: str) -> DeviceStatus:
         """See DeviceAdmin."""
-        device = next(
-            (d for d in self._devices.values() if name_or_id in (d.record.name, d.record.id)),
-            None,
-        )
-        if device is None:
-            raise NotFound(f"there is no usable device {name_or_id}", correction="see 'blockvirt device list'")
-        if len(self._devices) == 1:
-            raise InUse(
-                f"device {device.record.name} is the last one of the pool", correction="add another device first"
-            )
-        device_id = device.record.id
-        await self._threads.run(lambda: check_removable(device))
+        return await self._to_end(self._remove(name_or_id), "remove a device")
 
-        def change(writer: Writer) -> bool:
-            for key, _ in writer.scan(Table.FILES):
-                file = writer.record(FileRecord, Table.FILES, key)
-                if file is not None and file.device_id == device_id:
-                    return False
-            return writer.delete(Table.DEVICES, device_id.encode())
+    async def _to_end(self, change: Coroutine[Any, Any, DeviceStatus], name: str) -> DeviceStatus:
+        """Run a change even if nobody waits for it any more: threads cannot be called back from a directory."""
+        return await asyncio.shield(self._changes.start(change, name, awaited=True))
 
-        # Out of sight first, so that no file is placed on it between the check and its end.
-        del self._devices[device_id]
-        try:
-            if not await self._store.commit(change):
-                raise InUse(
-                    f"device {device.record.name} still holds files of volumes",
-                    correction="delete the volumes on it first ('blockvirt volume show' says where their data lies)",
-                )
-        except BaseException:
-            self._devices[device_id] = device
-            raise
-        self._copy_problems.pop(device_id, None)
-        await self._threads.run(lambda: erase_device(device))
+    async def _add(
+        self,
+        path: str,
+        name: str | None,
+        limit_bytes: int | None,
+        reserve_bytes: int | None,
+        labels: Mapping[str, str],
+        *,
+        create: bool,
+    ) -> DeviceStatus:
+        async with self._membership:
+            members = [device.record for device in self._devices.values()]
+            members += [problem.record for problem in self._problems.values()]
+            name = name if name is not None else _free_name({member.name for member in members})
+            check_name(name, what="device")
+            if reserve_bytes is None:
+                total_bytes = (await self._threads.run(partial(_space_of_parent, Path(path), name))).total_bytes
+                reserve_bytes = default_reserve_bytes(total_bytes)
+            wanted = DeviceRecord(new_id(), name, path, self._clock(), limit_bytes, reserve_bytes, dict(labels))
+            device = await self._threads.run(lambda: add_device(wanted, self._pool.id, members, create=create))
+            record = device.record
+            try:
+                await self._store.commit(lambda writer: enter_device(writer, record))
+            except (Exists, LimitReached):
+                if record.id == wanted.id:  # the label is of this add, and surely without a record
+                    await self._threads.run(partial(_clear, device))
+                device.release()
+                raise
+            except BaseException:  # perhaps with a record: an add that is repeated takes the label up
+                device.release()
+                raise
+            self._devices[record.id] = device
+            self._identities[record.id] = device.identity.digest()
+            for warning in device.warnings:
+                log.warning("device %s: %s", record.name, warning)
+            return in_use(device, self._space(device))
+
+    async def _remove(self, name_or_id: str) -> DeviceStatus:
+        async with self._membership:
+            device = next((d for d in self._devices.values() if name_or_id in (d.record.name, d.record.id)), None)
+            if device is None:
+                raise NotFound(f"there is no usable device {name_or_id}", correction="see 'blockvirt device list'")
+            record = device.record
+            if len(self._devices) == 1:
+                raise last_device(record)
+            await self._threads.run(lambda: check_removable(device))
+            status = in_use(device, self._space(device), self._copy_problems.get(record.id, ""))
+            # Out of sight first, so that no file is placed on it between the check and its end.
+            del self._devices[record.id]
+            try:
+                await self._store.commit(lambda writer: leave_device(writer, record))
+            except BaseException:
+                self._devices[record.id] = device
+                raise
+            self._copy_problems.pop(record.id, None)
+            await self._threads.run(partial(_clear, device))
+            return status
+
+    async def close(self) -> None:
+        """Let changes of the devices come to their end, then let go of all devices' locks."""
+        await self._changes.wait()
+        self.release()
 
     def release(self) -> None:
         """Let go of all devices' locks."""
@@ -332,22 +346,14 @@ class PoolStorage:
             device.release()
 
 
-def _in_use(device: Device, space: DeviceSpace, copy_problem: str = "") -> DeviceStatus:
-    record = device.record
-    return DeviceStatus(
-        id=record.id,
-        name=record.name,
-        path=str(device.path),
-        state="online",
-        capacity_bytes=space.capacity_bytes,
-        used_bytes=space.used_bytes,
-        reserved_bytes=space.reserved_bytes,
-        free_bytes=space.free_bytes,
-        limit_bytes=record.limit_bytes,
-        reserve_bytes=record.reserve_bytes,
-        labels=record.labels,
-        problem="; ".join(filter(None, (*device.warnings, copy_problem))),
-    )
+def _clear(device: Device) -> None:
+    """Erase a device that has no record, and let go of it. What cannot be erased stays, and may be added again."""
+    try:
+        erase_device(device)
+    except (OSError, BlockvirtError) as error:
+        log.warning("device %s is not in the pool, but %s is not cleared: %s", device.record.name, device.path, error)
+    finally:
+        device.release()
 
 
 def _is_reachable(device: Device) -> bool:

@@ -1,11 +1,16 @@
 """Hosts, logical units, the pool, devices and sessions over HTTP."""
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blockvirt.pool import membership
+from blockvirt.pool.labels import read_label
 from blockvirt.units import GIB
+from blockvirt.volumes import storage
 from tests.api.conftest import Api, PoolApi
 
 
@@ -149,6 +154,50 @@ async def test_a_device_that_is_added_again(
     for other in others:
         assert await pool_api.refused("POST", "/v1/devices", wanted | other) == (409, "exists-incompatible"), other
     assert len((await pool_api.ok("GET", "/v1/devices"))["devices"]) == 2
+
+
+async def test_requests_for_devices_that_come_at_once(pool_api: PoolApi, short_tmp_path: Path) -> None:
+    for number, key in enumerate((None, {"Idempotency-Key": "one"})):
+        (folder := short_tmp_path / f"d{number}").mkdir()
+        wanted = {"path": str(folder), "limit": "1GiB", "labels": {"media": "nvme"}}
+        unkeyed = (pool_api.call("POST", "/v1/devices", wanted) for _ in range(3))
+        answers = await asyncio.gather(pool_api.call("POST", "/v1/devices", wanted, headers=key), *unkeyed)
+        assert sorted(answer.status for answer in answers) == [200, 200, 200, 201]
+        assert len({answer.json["id"] for answer in answers}) == 1
+        label = read_label(folder)
+        assert label is not None
+        assert label.device == answers[0].json["id"]
+        removals = await asyncio.gather(*(pool_api.call("DELETE", f"/v1/devices/{label.device}") for _ in range(3)))
+        assert sorted(answer.status for answer in removals) == [200, 404, 404]
+        assert read_label(folder) is None
+
+
+async def test_a_client_that_does_not_wait_for_its_device(
+    pool_api: PoolApi, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is added as a whole, and the same request again gets it."""
+    loop = asyncio.get_running_loop()
+    labelled, go_on = asyncio.Event(), threading.Event()
+    real = membership.add_device
+
+    def slow(*given: Any, **more: Any) -> Any:
+        device = real(*given, **more)
+        loop.call_soon_threadsafe(labelled.set)
+        go_on.wait()
+        return device
+
+    monkeypatch.setattr(storage, "add_device", slow)
+    (folder := short_tmp_path / "new").mkdir()
+    asking = asyncio.ensure_future(pool_api.call("POST", "/v1/devices", {"path": str(folder)}))
+    await labelled.wait()
+    asking.cancel()  # its connection ends
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    go_on.set()
+    made = await pool_api.call("POST", "/v1/devices", {"path": str(folder)})
+    label = read_label(folder)
+    assert label is not None
+    assert (made.status, made.json["id"]) == (200, label.device)
 
 
 async def _crash(record: object) -> None:

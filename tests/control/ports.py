@@ -193,7 +193,7 @@ class Devices:
         """All records."""
         return self.space.status().devices
 
-    async def remove(self, name_or_id: str) -> None:
+    async def remove(self, name_or_id: str) -> DeviceStatus:
         """Delete a record."""
         for device in self.list():
             if name_or_id in (device.name, device.id):
@@ -204,6 +204,7 @@ class Devices:
         else:
             raise NotFound(f"there is no device {name_or_id!r}")
         await self.store.commit(lambda writer: writer.delete(Table.DEVICES, key))
+        return device
 
 
 @dataclass
