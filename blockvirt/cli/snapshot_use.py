@@ -57,15 +57,23 @@ def revert(
         "needs_reopen": done["needs_reopen"],
     }
     show_one(done if output == "json" else shown, REVERT, output)
-    for line in _next_steps(volume, kept_as, reverted=done["reverted"], needs_reopen=done["needs_reopen"]):
+    for line in _next_steps(
+        volume,
+        kept_as,
+        reverted=done["reverted"],
+        needs_force=bool(done["obstacles"]),
+        needs_reopen=done["needs_reopen"],
+    ):
         click.echo(line, err=True)
 
 
-def _next_steps(volume: str, kept_as: str, *, reverted: bool, needs_reopen: bool) -> list[str]:
+def _next_steps(volume: str, kept_as: str, *, reverted: bool, needs_force: bool, needs_reopen: bool) -> list[str]:
     """Return what is left to do for who reverted."""
     lines = []
-    if needs_reopen and not reverted:
+    if needs_force and not reverted:
         lines.append("it is in use: this needs --force, and 'blockvirt volume reopen' afterwards")
+    elif needs_reopen and not reverted:
+        lines.append(f"nobody has it open: it goes on waiting for 'blockvirt volume reopen {volume}' afterwards")
     elif needs_reopen:
         lines.append(
             f"NBD refuses {volume} now: power off the guests that had it open, whose caches are from before, then run "

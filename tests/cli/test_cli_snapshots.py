@@ -163,6 +163,7 @@ async def test_a_revert_says_what_to_do_next(command: Command, script: Script) -
         done | {"reverted": True, "obstacles": [], "needs_reopen": False},
         done | {"reverted": True, "obstacles": [], "needs_reopen": True},
         {**done, "safety": None} | {"reverted": False, "obstacles": ["1 sessions have it open"], "needs_reopen": True},
+        {**done, "safety": None} | {"reverted": False, "obstacles": [], "needs_reopen": True},
     )
     idle = await command("snapshot", "revert", "v@a")
     assert "kept as       v@before\n" in idle.out
@@ -174,10 +175,14 @@ async def test_a_revert_says_what_to_do_next(command: Command, script: Script) -
     dry = await command("snapshot", "revert", "v@a", "--no-safety", "--dry-run")
     assert "in the way    1 sessions have it open\n" in dry.out
     assert "--force" in dry.err
+    waiting = await command("snapshot", "revert", "v@a", "--dry-run")
+    assert "--force" not in waiting.err
+    assert "goes on waiting for 'blockvirt volume reopen v'" in waiting.err
     assert [body for _, _, body in script.asked] == [
         {"force": False, "safety": True, "dry_run": False},
         {"force": True, "safety": True, "dry_run": False, "safety_name": "before"},
         {"force": False, "safety": False, "dry_run": True},
+        {"force": False, "safety": True, "dry_run": True},
     ]
 
 
