@@ -9,10 +9,6 @@ with what was answered, and proved.
 import asyncio
 import random
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,9 +18,11 @@ from tests.attacks.faults_model import Expected
 from tests.attacks.faults_pool import (
     SETTINGS,
     AttackedPool,
+    Hung,
     open_descriptors,
     quiet,
     unfinished,
+    watched,
     without_metadata_syncs,
     without_pauses,
 )
@@ -51,10 +49,6 @@ def seed_of(cell: Cell, ending: str = "") -> int:
     return seed
 
 
-class Hung(BaseException):
-    """A trial does not end."""
-
-
 def run(budget: Budget) -> Outcome:
     """Try one cell after the other."""
     outcome, hit_sites = Outcome(), set[Site]()
@@ -64,7 +58,7 @@ def run(budget: Budget) -> Outcome:
         root.mkdir()
         hits = outcome.figures.get("hit", 0)
         try:
-            with _watched():
+            with watched(_TRIAL_S):
                 if cell.is_traced:
                     problems = traced_trial(root, cell, seed, outcome, budget.planted)
                 else:
@@ -149,25 +143,6 @@ async def _trial(root: Path, disk: FaultyDisk, seed: int, outcome: Outcome) -> l
     ):
         outcome.add(figure, more)
     return [*problems, *(f"nobody asked what became of: {each}" for each in lost)]
-
-
-@contextmanager
-def _watched() -> Iterator[None]:
-    """Raise Hung in a trial that does not end, though the event loop be stuck."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def raised(*_: object) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, raised)
-    signal.alarm(_TRIAL_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 ATTACK = Attack(

@@ -31,6 +31,8 @@ class Attempts:
         self.expected = expected
         self.dice = random.Random(seed)
         self.problems: list[str] = []
+        self.last_error: Exception | None = None
+        """Of the last step that was refused."""
         self.refused = 0
         """Steps that ended with an error."""
         self.stops = 0
@@ -69,14 +71,16 @@ class Attempts:
         """Do something; tell whether it went well. What is no clean error is a problem."""
         try:
             return True, await asyncio.wait_for(call(), HANG_S)
-        except VolumeStopped:
+        except VolumeStopped as error:
+            self.last_error = error
             raise
         except TimeoutError:
             self.problems.append(f"{what} hung for {HANG_S:g} s")
         except MetadataFault as error:
+            self.last_error = error
             self._pool_failed = self._pool_failed or "has failed and is stopped" in error.message
-        except (BlockvirtError, OSError):
-            pass
+        except (BlockvirtError, OSError) as error:
+            self.last_error = error
         except Exception as error:
             self.problems.append(f"{what} ended with {error!r}, which is no clean error")
         self.refused += 1

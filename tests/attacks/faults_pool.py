@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -167,3 +169,26 @@ def unfinished(loop: asyncio.AbstractEventLoop) -> list[str]:
         lambda _, context: found.append(f"{context.get('message')} ({context.get('exception')!r})")
     )
     return found
+
+
+class Hung(BaseException):
+    """A trial does not end."""
+
+
+@contextmanager
+def watched(seconds: int) -> Iterator[None]:
+    """Raise Hung in a trial that does not end, though the event loop be stuck."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raised(*_: object) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, raised)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

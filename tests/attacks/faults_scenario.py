@@ -57,6 +57,9 @@ class Scenario(Attempts):
             *on("v", trim, self.checkpoint),
             self.punch,
             *on("v", write, flush, self.reconnect, overwrite, flush, write, self.read),
+            self.reconnect_and_overwrite,
+            self.kill,
+            *on("v", self.read),
             lambda: self.delete_volume("c"),
             *on("v", trim, overwrite, flush, write, trim, overwrite),
         ]
@@ -175,6 +178,11 @@ class Scenario(Attempts):
         if handle is not None:
             await self._try(f"closing {name}", handle.close)
         await self._handle(name)
+
+    async def reconnect_and_overwrite(self) -> None:
+        """Overwrite in place what is there, in a volume that has no journal yet."""
+        await self.reconnect("v")
+        await self._write("v", A_CHUNK, 2 * A_CHUNK)
 
     # --- verbs of the pool ---------------------------------------------------------------------------------------
 
