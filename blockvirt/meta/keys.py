@@ -54,6 +54,12 @@ def split_deadline(stored: bytes) -> float | None:
     return float(_F64.unpack(stored)[0]) if len(stored) == _F64.size else None
 
 
+def shown(key: bytes) -> str:
+    """Return a key for people: text where it is text, else hex."""
+    as_text = key.decode("latin-1")
+    return as_text if as_text.isascii() and as_text.isprintable() else key.hex()
+
+
 def number_key(number: int) -> bytes:
     """Key of a branch or a file."""
     return _U64.pack(number)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import DamagedRecord, MetadataFault
+from blockvirt.meta.keys import shown
 
 RECORD_VERSION = 1
 REVERTED = "it was reverted to snapshot "
@@ -264,8 +265,9 @@ def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
     """Return the payload of a sealed value; raises DamagedRecord if its checksum does not fit its key and bytes."""
     payload = stored[:-4]
     if len(stored) < 5 or crc32c(payload, crc32c(key)) != _CRC.unpack(stored[-4:])[0]:
+        by_key = "" if what.endswith(f" {shown(key)}") else f" (key {shown(key)})"
         raise DamagedRecord(
-            f"the metadata record of {what} is damaged (key {key.hex()})",
+            f"the metadata record of {what} is damaged{by_key}",
             cause="its CRC-32C does not match",
             correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back the newest intact copy",
             what=what,
@@ -291,7 +293,7 @@ _FIELD_NAMES: dict[type, frozenset[str]] = {
 
 def decode(cls: type[R], key: bytes, stored: bytes) -> R:
     """Return the record stored under ``key``; raises DamagedRecord, or MetadataFault for a newer record version."""
-    what = f"{cls.__name__.removesuffix('Record').lower()} {key.hex()}"
+    what = f"{cls.__name__.removesuffix('Record').lower()} {shown(key)}"
     payload = unseal(key, stored, what=what)
     if payload[0] != RECORD_VERSION:
         raise MetadataFault(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import MAX_CHUNK_BYTES, MAX_VOLUME_BYTES, MIN_CHUNK_BYTES
 from blockvirt.meta.findings import Finding, corrupt, leak
-from blockvirt.meta.keys import POOL_KEY, Table, number_key, split_deadline, unit_key, volume_unit_key
+from blockvirt.meta.keys import POOL_KEY, Table, number_key, shown, split_deadline, unit_key, volume_unit_key
 from blockvirt.meta.records import (
     DeviceRecord,
     HostRecord,
@@ -16,7 +16,7 @@ from blockvirt.meta.records import (
     UnitRecord,
     VolumeRecord,
 )
-from blockvirt.meta.verify_rows import Rows, fit_for_people, names_lead_back, shown
+from blockvirt.meta.verify_rows import Rows, fit_for_people, names_lead_back
 
 JOB_STATES = frozenset({"queued", "running", "paused", "done", "failed", "cancelled"})
 

@@ -12,6 +12,7 @@ from blockvirt.meta.keys import (
     leaf_key,
     number_key,
     pair_key,
+    shown,
     split_born,
     split_leaf,
     split_pair,
@@ -19,7 +20,7 @@ from blockvirt.meta.keys import (
     volume_branch_key,
 )
 from blockvirt.meta.records import BranchRecord, FileRecord, unseal
-from blockvirt.meta.verify_rows import Rows, shown
+from blockvirt.meta.verify_rows import Rows
 
 DecodeLeaf = Callable[[bytes], Any]
 _PUNCH_BYTES = 8

@@ -10,13 +10,14 @@ from blockvirt.meta.keys import (
     Table,
     number_key,
     pair_key,
+    shown,
     snapshot_name_key,
     snapshot_point_key,
     split_pair,
     split_point,
 )
 from blockvirt.meta.records import SnapshotRecord
-from blockvirt.meta.verify_rows import Rows, fit_for_people, shown
+from blockvirt.meta.verify_rows import Rows, fit_for_people
 
 _SNAPSHOT, _CHILD = b"s", b"c"
 

@@ -8,7 +8,7 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, InvalidName
 from blockvirt.ids import check_name
 from blockvirt.limits import MAX_LABEL_CHARS, MAX_LABELS
 from blockvirt.meta.findings import Finding, corrupt
-from blockvirt.meta.keys import Table, number_key
+from blockvirt.meta.keys import Table, number_key, shown
 from blockvirt.meta.records import BranchRecord, PoolRecord, Record, VolumeRecord, decode
 from blockvirt.meta.store import Reader
 
@@ -78,9 +78,3 @@ def fit_for_people(what: str, kind: str, name: str, labels: dict[str, str]) -> I
     lengths = [len(text) for pair in labels.items() for text in pair]
     if len(labels) > MAX_LABELS or max(lengths, default=0) > MAX_LABEL_CHARS:
         yield corrupt("bad-value", what, f"its {len(labels)} labels are more, or longer, than labels may be")
-
-
-def shown(key: bytes) -> str:
-    """Return a key for people: text where it is text, else hex."""
-    with_text = key.decode("ascii", errors="replace")
-    return with_text if with_text and with_text.isprintable() and "�" not in with_text else key.hex()
