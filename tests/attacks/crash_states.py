@@ -169,6 +169,8 @@ def _run(budget: Budget) -> Outcome:
     with ExitStack() as stack, quiet():
         folder = stack.enter_context(memory_folder(budget.scratch / "ram"))
         asyncio.run(_states(budget, outcome, folder))
+    if outcome.figures.get("not mountable", 0) * 50 > outcome.tried:
+        raise RuntimeError("more than one state in fifty cannot be mounted: what is replayed is not what was logged")
     for figure in ("acknowledged flushes", "volumes compared", "recovered to a point with flushes"):
         if budget.count and not outcome.failures and not outcome.figures.get(figure):
             raise RuntimeError(f"crash_states did nothing: no {figure}")

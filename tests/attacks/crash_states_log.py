@@ -7,8 +7,8 @@ after the last flush any part, in pieces of 4 KiB, which disks write whole.
 
 import os
 import random
-import signal
 import struct
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockvirt.syscalls import punch_hole
-from tests.attacks.power_cuts_disk import loop_device, run
+from tests.attacks.power_cuts_disk import loop_device
 
 _SUPER = struct.Struct("<QQQI")
 _MAGIC = 0x6A736677736872
@@ -25,6 +25,7 @@ _FLUSH, _FUA, _DISCARD = 1, 2, 4
 _LOG_SECTOR_BYTES = 512
 ATOMIC_BYTES = 4096
 _EXPORT_S = 10.0
+_LOOK_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,32 +74,27 @@ def recorded(image: Path, log: Path, scratch: Path) -> Iterator[Recorder]:
     with log.open("r+b") as file:
         file.truncate(3 << 30)
     pid_file.unlink(missing_ok=True)
+    command = [
+        "qemu-storage-daemon",
+        *("--blockdev", f"file,node-name=d0,filename={image},discard=unmap,locking=off"),
+        *("--blockdev", f"file,node-name=l0,filename={log},locking=off"),
+        "--blockdev",
+        '{"driver":"blklogwrites","node-name":"lw","file":"d0","log":"l0","log-sector-size":512}',
+        *("--export", f"type=fuse,id=e0,node-name=lw,mountpoint={export},writable=on"),
+        *("--pidfile", str(pid_file)),
+    ]
     with ExitStack() as stack:
-        run(
-            "qemu-storage-daemon",
-            *("--blockdev", f"file,node-name=d0,filename={image},discard=unmap,locking=off"),
-            *("--blockdev", f"file,node-name=l0,filename={log},locking=off"),
-            "--blockdev",
-            '{"driver":"blklogwrites","node-name":"lw","file":"d0","log":"l0","log-sector-size":512}',
-            *("--export", f"type=fuse,id=e0,node-name=lw,mountpoint={export},writable=on"),
-            *("--pidfile", pid_file),
-            "--daemonize",
-        )
-        pid = int(pid_file.read_text())
-        stack.callback(_end, pid)
+        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        stack.callback(daemon.wait)
+        stack.callback(daemon.terminate)
+        deadline_s = time.monotonic() + _EXPORT_S
+        while not pid_file.exists():  # it writes that once it exports
+            if daemon.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError(f"qemu-storage-daemon does not export {image}")
+            time.sleep(_LOOK_S)
         recorder = Recorder(stack.enter_context(loop_device(export)), log)
         stack.callback(recorder.close)
         yield recorder
-
-
-def _end(pid: int) -> None:
-    os.kill(pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + _EXPORT_S
-    while Path(f"/proc/{pid}").exists():
-        if time.monotonic() > deadline_s:
-            os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.002)
 
 
 class BlockLog:
