@@ -108,6 +108,8 @@ async def _empty(pool: AttackedPool, verdict: Verdict) -> None:
     for job in pool.engine.jobs.list(state="failed"):  # they are tried again by themselves, but not so soon
         if (job := await pool.engine.jobs.finished((await pool.engine.jobs.resume(job.id)).id)).state != "done":
             verdict.problems.append(f"the {job.kind} goes on failing though the disk works: {job.error}")
+    for job in pool.engine.jobs.list():  # what was interrupted goes on
+        await pool.engine.jobs.finished(job.id)
     for volume in (await pool.catalogue.list()).volumes:
         deletion = await pool.catalogue.delete(volume.name, force=True, purge=True)
         job = await pool.engine.jobs.finished(deletion.job_id)
