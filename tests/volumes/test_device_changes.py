@@ -77,14 +77,14 @@ async def test_no_more_devices_at_once_than_there_may_be(
 
 
 async def test_one_device_removed_twice_at_once(pool: Pool, tmp_path: Path) -> None:
-    await add(pool, *folders(tmp_path, "new"), "new")
+    await add(pool, folders(tmp_path, "new")[0], "new")
     storage = pool.engine.storage
     assert await at_once(storage.remove("new"), storage.remove("new")) == ["NotFound", "new"]
     assert list(records(pool)) == ["disk1"]
 
 
 async def test_all_devices_removed_at_once_leave_one(pool: Pool, tmp_path: Path) -> None:
-    await add(pool, *folders(tmp_path, "new"), "new")
+    await add(pool, folders(tmp_path, "new")[0], "new")
     storage = pool.engine.storage
     assert await at_once(storage.remove("disk1"), storage.remove("new")) == ["InUse", "disk1"]
     assert list(records(pool)) == ["new"]
