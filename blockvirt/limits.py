@@ -91,6 +91,7 @@ API_MAX_REQUESTS = 1_024  # running at once: with the largest bodies they hold 6
 API_MAX_JSON_DEPTH = 16  # our models nest a few levels; a deeper body only tries the parser
 API_PAGE_ITEMS = 100  # a screen or two
 API_MAX_PAGE_ITEMS = 1_000  # all volumes in ten pages; a larger one would hold the event loop for too long
+API_MAX_PAGE_TOKEN_CHARS = 512  # ours have up to 200; what a longer one holds is no key of the metadata store
 API_CHANGES = 1_000  # ranges of changed blocks in one answer, where nothing else is asked for: 70 KiB
 API_MAX_CHANGES = 10_000  # at most: an answer of 700 KiB
 API_MAX_WAIT_S = 60.0  # for a job, in one request: what proxies and clients keep an idle connection for

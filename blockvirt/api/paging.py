@@ -1,11 +1,13 @@
 """Page tokens: where to go on, sealed against reading meaning into them. Pure.
 
-A token holds the last name of the page before, so that items that come and go meanwhile shift nothing, and what was
-listed, so that it is not used on another list.
+A token holds the last name of the page before, so that items that come and go meanwhile shift nothing, and a digest of
+what was listed, so that it is not used on another list. A digest, because a filter may be nearly as long as a request's
+line, which has to hold both.
 """
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,11 +15,17 @@ from typing import TypeVar
 from blockvirt.errors import InvalidRequest
 
 T = TypeVar("T")
+_DIGEST_BYTES = 9  # nobody but a client itself gains by two lists of the same digest
 
 
 def page_token(listing: str, after: str) -> str:
     """Return the token that goes on behind ``after`` in ``listing`` (what was listed, its filter included)."""
-    return base64.urlsafe_b64encode(json.dumps([listing, after], separators=(",", ":")).encode()).decode().rstrip("=")
+    parts = json.dumps([_digest(listing), after], separators=(",", ":"))
+    return base64.urlsafe_b64encode(parts.encode()).decode().rstrip("=")
+
+
+def _digest(listing: str) -> str:
+    return hashlib.blake2b(listing.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def page_after(token: str | None, listing: str) -> str:
@@ -28,12 +36,17 @@ def page_after(token: str | None, listing: str) -> str:
         parts = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
     except (ValueError, binascii.Error, RecursionError):
         parts = None
-    if not (isinstance(parts, list) and len(parts) == 2 and parts[0] == listing and isinstance(parts[1], str)):
+    if not (isinstance(parts, list) and len(parts) == 2 and parts[0] == _digest(listing) and _is_text(parts[1])):
         raise InvalidRequest(
             "the page_token does not belong to this list",
             correction="send the next_page_token of the page before, with the same filter; or none for the first page",
         )
-    return parts[1]
+    return str(parts[1])
+
+
+def _is_text(after: object) -> bool:
+    """Tell whether a place can be written as a key: JSON's escapes may spell half a character."""
+    return isinstance(after, str) and not any("\ud800" <= character <= "\udfff" for character in after)
 
 
 def page_of(

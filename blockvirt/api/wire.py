@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from blockvirt.errors import InvalidRequest
-from blockvirt.limits import API_MAX_PAGE_ITEMS, API_PAGE_ITEMS
+from blockvirt.limits import API_MAX_PAGE_ITEMS, API_MAX_PAGE_TOKEN_CHARS, API_PAGE_ITEMS
 from blockvirt.units import parse_size
 
 SIZE_SCHEMA = {
@@ -53,7 +53,9 @@ class ListQuery(Query):
 
     limit: int = Field(API_PAGE_ITEMS, ge=1, le=API_MAX_PAGE_ITEMS, description="Items on a page.")
     page_token: str | None = Field(
-        None, max_length=512, description="The next_page_token of the page before, not changed in any way."
+        None,
+        max_length=API_MAX_PAGE_TOKEN_CHARS,
+        description="The next_page_token of the page before, not changed in any way.",
     )
 
 
