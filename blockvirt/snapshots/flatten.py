@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockvirt.errors import InUse, InvalidRequest, NotFound
+from blockvirt.errors import BeingDeleted, InUse, InvalidRequest, NotFound
 from blockvirt.ids import new_id
 from blockvirt.limits import FLATTEN_PIN_LEAVES, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, file_of
@@ -39,7 +39,7 @@ from blockvirt.volumes.allowance import check_background
 from blockvirt.volumes.checkpoint import checkpoint_with
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.job_states import FINISHED
-from blockvirt.volumes.jobs import Running, queue_job
+from blockvirt.volumes.jobs import Moot, Running, in_one_line, queue_job
 from blockvirt.volumes.opened import OpenVolume
 from blockvirt.volumes.reclaim import release_origins
 from blockvirt.volumes.transactions import locate
@@ -108,7 +108,16 @@ class Flattening:
         return job.id
 
     async def work(self, job: Running) -> None:
-        """Do a flatten job; ``position`` is the leaf to go on with. Raises PoolFull, InUse, DeviceFault and others."""
+        """Do a flatten job; ``position`` is the leaf to go on with.
+
+        Raises Moot where the volume was deleted or reverted meanwhile; PoolFull, InUse, DeviceFault and others.
+        """
+        try:
+            await self._flatten(job)
+        except (NotFound, BeingDeleted) as gone:
+            raise Moot(in_one_line(gone)) from gone
+
+    async def _flatten(self, job: Running) -> None:
         leaves, inherited_chunks = await self._engine.context.threads.run(lambda: self._begin(job.record))
         leaf_bytes = LEAF_CHUNKS << self._engine.context.chunk_shift
         left = [leaf for leaf in leaves if leaf >= job.record.position]
@@ -160,7 +169,7 @@ class Flattening:
     def _begin(self, job: JobRecord) -> tuple[list[int], int]:
         """Return the leaves that the job's branch or an origin of it has, in order, and how many chunks are foreign.
 
-        Raises InUse where the volume was reverted since the job was queued: the branch may be gone. Blocks.
+        Raises Moot where the volume was reverted since the job was queued: the branch may be gone. Blocks.
         """
         with self._store.read() as reader:
             record = _head(reader, job.volume_id)
@@ -310,11 +319,10 @@ def _check_branch(opened: OpenVolume, number: int) -> None:
         raise _reverted(opened.volume.record.name)
 
 
-def _reverted(name: str) -> InUse:
-    return InUse(
-        f"volume {name} was reverted meanwhile",
-        cause="this job is about what it held before",
-        correction=f"flatten what it holds now ('blockvirt clone flatten {name}')",
+def _reverted(name: str) -> Moot:
+    return Moot(
+        f"volume {name} was reverted meanwhile; this job is about what it held before; "
+        f"flatten what it holds now ('blockvirt clone flatten {name}')"
     )
 
 

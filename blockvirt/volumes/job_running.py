@@ -19,6 +19,10 @@ class Stop(Exception):
     """Leaves a worker at a step boundary, because its job is to pause or to be cancelled. Only the board catches it."""
 
 
+class Moot(Exception):
+    """Ends a job of a cancellable kind as cancelled, with its words as the reason: what it was about is gone."""
+
+
 class Running:
     """One run of a job. The worker gets it; the board keeps it while the worker is at it."""
 

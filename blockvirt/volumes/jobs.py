@@ -20,11 +20,11 @@ from blockvirt.meta.store import Store, Writer
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.job_queues import Entry, JobQueues, Kind, Worker
 from blockvirt.volumes.job_records import change_job, forget_jobs, no_such_job, queue_job, with_progress
-from blockvirt.volumes.job_running import Running, Stop
+from blockvirt.volumes.job_running import Moot, Running, Stop
 from blockvirt.volumes.job_states import FINISHED, Action, State, check, moved
 from blockvirt.volumes.job_views import Job, view_of
 
-__all__ = ["Job", "JobBoard", "Running", "State", "Worker", "queue_job"]
+__all__ = ["Job", "JobBoard", "Moot", "Running", "State", "Worker", "queue_job"]
 
 log = logging.getLogger("blockvirt.jobs")
 
@@ -269,8 +269,11 @@ async def _outcome(run: Running, worker: Worker) -> tuple[Action, str]:
         return Action.FINISH, ""
     except Stop:
         message = ""
+    except Moot as moot:
+        log.info("%s is given up: %s", what, moot)
+        return Action.CANCEL, str(moot)
     except BlockvirtError as error:
-        message = "; ".join(part for part in (error.message, error.cause, error.correction) if part)
+        message = in_one_line(error)
         log.error("%s has failed: %s", what, message)
     except OSError as error:
         message = str(error)
@@ -281,6 +284,11 @@ async def _outcome(run: Running, worker: Worker) -> tuple[Action, str]:
         log.exception("%s has failed", what)  # a mistake of ours with one job must not end the board of all
         message = f"a mistake of blockvirt, see its log: {error!r}"
     return run.asked or Action.FAIL, message
+
+
+def in_one_line(error: BlockvirtError) -> str:
+    """Return what happened, why, and what to do about it, as the record of a job has it."""
+    return "; ".join(part for part in (error.message, error.cause, error.correction) if part)
 
 
 def _shutting_down() -> ShuttingDown:

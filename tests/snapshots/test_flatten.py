@@ -270,36 +270,6 @@ async def test_a_flatten_that_was_cancelled_keeps_what_it_copied(family: Family)
     assert not findings(family.pool, leaks=True)
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "gone"])
-async def test_what_was_reverted_away_is_not_flattened(
-    family: Family, monkeypatch: pytest.MonkeyPatch, keep: bool
-) -> None:
-    """Whether a snapshot keeps the branch that the job is about, or it went whole."""
-    await family.clone(family.golden, "clone")
-    await family.snapshot("clone", "c")
-    await family.pool.reverts.revert("clone@c", safety=False)
-    jobs, leaf = family.pool.engine.jobs, family.pool.flattening._leaf
-
-    async def leaf_and_pause(opened: OpenVolume, number: int) -> bool:
-        run = jobs._queues.entries[job_id].run
-        assert run is not None
-        run.ask(Action.PAUSE)
-        return await leaf(opened, number)
-
-    monkeypatch.setattr(family.pool.flattening, "_leaf", leaf_and_pause)
-    job_id = await family.pool.flattening.start("clone")
-    await until(lambda: jobs.get(job_id).state == "paused")
-    monkeypatch.setattr(family.pool.flattening, "_leaf", leaf)
-    await family.pool.reverts.revert("clone@c", safety=keep)
-    await until(lambda: not jobs.list(state="queued") and not jobs.list(state="running"))
-    await jobs.resume(job_id)
-    job = await jobs.finished(job_id)
-    assert job.state == "failed"
-    assert "clone was reverted meanwhile" in job.error
-    assert "flatten what it holds now" in job.error
-    await family.flatten("clone")
-
-
 async def test_a_branch_knows_its_first_epoch(family: Family) -> None:
     with family.pool.engine.store.read() as reader:
         branch = reader.record(BranchRecord, Table.BRANCHES, number_key(family.golden.branch))

@@ -180,8 +180,7 @@ async def settled(pool: SnapshotPool) -> None:
     """Return when the background has nothing left to do."""
 
     def idle() -> bool:
-        # A flatten fails where its volume was reverted or deleted meanwhile.
-        assert not [job for job in pool.engine.jobs.list(state="failed") if job.kind != "flatten"]
+        assert not pool.engine.jobs.list(state="failed")
         with pool.engine.store.read() as reader:
             at_work = [*pool.engine.jobs.list(state="running"), *pool.engine.jobs.list(state="queued")]
             return not reader.count(Table.RECLAIM) and not at_work
