@@ -26,7 +26,7 @@ def fill(first: int, writer: Writer) -> None:
 
 def thin_out(writer: Writer) -> None:
     """Remove many neighbours."""
-    for number in range(700, 1_900):
+    for number in range(400, 900):
         writer.delete(Table.LEAVES, b"%08d" % number)
 
 
@@ -34,7 +34,7 @@ def thin_out(writer: Writer) -> None:
 def data_file(tmp_path: Path) -> Path:
     """A data file with tables of one, two and three levels, some rows deleted again."""
     store = Store.open(tmp_path, create=True, reserve_bytes=0)
-    for first in range(0, 3_000, 500):
+    for first in range(0, 1_500, 500):
         store.commit_now(partial(fill, first))
     store.commit_now(thin_out)
     store.close()
@@ -70,9 +70,9 @@ def test_a_sound_file_is_silent(data_file: Path) -> None:
 def test_a_branch_page_that_leads_astray_is_found(data_file: Path) -> None:
     content, chance = data_file.read_bytes(), random.Random(1)
     places = separators(content)
-    assert len(places) > 100
+    assert len(places) > 50
     astray = 0
-    for start, length in chance.sample(places, 40):
+    for start, length in chance.sample(places, 25):
         at, bit = start + chance.randrange(length), 1 << chance.randrange(8)
         data_file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
         if not list(verify_pages(data_file.parent)):
@@ -91,7 +91,7 @@ def test_a_meta_page_out_of_turn_is_found(data_file: Path) -> None:
     for page in (0, 1):
         at, other = (each * PAGE_BYTES + 16 + 128 for each in (page, 1 - page))
         neighbour = int.from_bytes(content[other : other + 8], "little")
-        for bit in range(64):
+        for bit in range(0, 64, 3):
             number = int.from_bytes(content[at : at + 8], "little") ^ 1 << bit
             if abs(number - neighbour) == 1:
                 continue
