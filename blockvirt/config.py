@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from blockvirt.api.server import check_listen_host
 from blockvirt.errors import InvalidRequest
-from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, METADATA_RESERVE_BYTES, TRASH_S
+from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, MAX_TRASH_S, METADATA_RESERVE_BYTES, TRASH_S
 from blockvirt.units import MIB, format_size, parse_size
 from blockvirt.unix_listener import check_unix_path
 
@@ -60,7 +60,11 @@ class Settings(BaseSettings):
         description="Space kept back for metadata, so that checkpoints and deletions work on a full disk.",
     )
     trash_s: float = Field(
-        TRASH_S, ge=0, description="Seconds that a deleted volume can be had back; 0: it is deleted for good at once."
+        TRASH_S,
+        ge=0,
+        le=MAX_TRASH_S,
+        allow_inf_nan=False,
+        description="Seconds that a deleted volume can be had back, ten years at most; 0: it is gone for good at once.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged to stderr.")
 

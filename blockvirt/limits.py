@@ -29,6 +29,7 @@ MAX_SNAPSHOTS = 1_000_000  # of the pool: a minute's snapshot of 100 volumes, ke
 MAX_GROUP_VOLUMES = 256  # snapshotted in one instant: frozen in one piece of the event loop, 100 us each
 MAX_HOLDS = 64  # of one snapshot: each is a reason of somebody's
 TRASH_S = 24 * 3_600.0  # how long a deleted volume can be had back, unless configured otherwise
+MAX_TRASH_S = 3_650 * 86_400.0  # ten years: nobody waits longer, and every clock and calendar reaches as far
 TRASH_LOOK_S = 60.0  # between two looks at the trash: the clock may be set meanwhile
 PURGE_BATCH_SNAPSHOTS = 200  # snapshots that one step of a volume's purge removes: five small rows each
 SEAL_BATCH_CHUNKS = 64  # chunks that get their checksums in one go: 4 MiB read in a thread, one commit

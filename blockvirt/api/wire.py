@@ -21,6 +21,7 @@ SIZE_SCHEMA = {
     "description": "Bytes, or a number with one of the units KiB MiB GiB TiB PiB (powers of 1024) or KB MB GB TB PB "
     "(powers of 1000). A bare 10G is refused: it means different sizes to different tools.",
 }
+_LAST_S = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
 Labels = Annotated[dict[str, str], Field(description="Free key-value pairs.", examples=[{"team": "web"}])]
 
@@ -44,8 +45,10 @@ class Answer(BaseModel):
 
 
 def timestamp(seconds: float) -> datetime:
-    """Return a time of the records (seconds since the epoch) as the API shows it."""
-    return datetime.fromtimestamp(seconds, UTC)
+    """Return a time of the records (seconds since the epoch) as the API shows it; beyond the calendar: its end."""
+    if not seconds < _LAST_S:  # not a number either
+        seconds = _LAST_S
+    return datetime.fromtimestamp(max(0.0, seconds), UTC)
 
 
 class ListQuery(Query):

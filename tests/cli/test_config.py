@@ -67,6 +67,10 @@ def test_settings_are_frozen() -> None:
         ('http = "127.0.0.1:65536"', "no address"),
         ("http = ", "not TOML"),
         (f'state_dir = "/{"x" * 200}"', "107 is the most"),
+        ("trash_s = 1e12", "trash_s: Input should be less than or equal to 315360000"),
+        ("trash_s = inf", "trash_s: Input should be a finite number"),
+        ("trash_s = nan", "trash_s: Input should be a finite number"),
+        ("trash_s = -1", "trash_s: Input should be greater than or equal to 0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
