@@ -38,7 +38,7 @@ MUST_HAPPEN = (
     "reopened",
 )
 """Figures that are not 0 after enough trials: else the attack attacks nothing."""
-_ENOUGH = 60
+_ENOUGH = 200
 _JOURNAL_BYTES = (20 * 1024, 64 * 1024)
 
 
@@ -110,6 +110,8 @@ def run(budget: Budget) -> Outcome:
             trial(seed, budget.scratch / f"{seed}", outcome)
         except Broken as broken:
             outcome.fail(seed, str(broken))
+        except Exception as error:  # nobody asked for anything that may end like this
+            outcome.fail(seed, f"something ended in {error!r}")
         if outcome.tried % 100 == 99:
             budget.say(f"simulation: {outcome.tried + 1} histories, {len(outcome.failures)} broken")
     missing = [figure for figure in MUST_HAPPEN if not outcome.figures.get(figure)]

@@ -12,7 +12,7 @@ from tests.attacks.simulation_world import CHUNK_CELLS, Undecided, Use, World, r
 
 _MAX_VOLUMES = 4
 _MAX_SNAPSHOTS = 5
-_HEARD_S = 0.5  # after a sync failed the loop knows of it, however slow the thread was
+_HEARD_S = 1.0  # after a sync failed the loop knows of it, however slow the thread was
 _WEIGHTS = {
     "write": 34,
     "zero": 14,
@@ -81,7 +81,7 @@ class Clients:
             if name == "group":
                 return  # which of the two it was does not count
             self.world.note_error(volume, error)
-            if isinstance(error, VolumeStopped):
+            if isinstance(error, VolumeStopped) and self.dice.random() < 0.3:  # else it stays stopped for a while
                 await self._revive(volume)
 
     async def _revive(self, volume: Volume) -> None:
@@ -153,6 +153,9 @@ class Clients:
         """A trim, or zeros."""
         async with self._using(volume) as handle:
             cells = self._range(volume, handle.size_bytes)
+            if self.dice.random() < 0.5:  # whole chunks
+                cells = range(cells.start // CHUNK_CELLS * CHUNK_CELLS, -(-cells.stop // CHUNK_CELLS) * CHUNK_CELLS)
+                cells = range(cells.start, min(cells.stop, handle.size_bytes // CELL))
             touched = {*cells}
             if self.dice.random() < 0.1:
                 cells = range(handle.size_bytes // CELL)
@@ -260,7 +263,7 @@ class Clients:
                 for volume in volumes:
                     volume.looks.remove(group.began)
                     self.world.uses[volume.name].leave()
-        if self.dice.random() < 0.3:
+        if self.dice.random() < 0.5:
             for volume in volumes:
                 if name in volume.snapshots:
                     await self.world.look_at_snapshot(volume, volume.snapshots[name])

@@ -201,9 +201,10 @@ class Disk:
                 file.sizes = []
 
     def sync_failed(self, file: SimFile) -> None:
-        """Have a sync fail as Linux does: what it could not write is lost, and clean."""
+        """Have a sync fail as Linux does: what it could not write is lost, and clean. Metadata is another matter."""
         for sector, kept in file.versions.items():
-            chosen = self.dice.choice(kept).content
+            newest = max(place for place, version in enumerate(kept) if not place or version.is_metadata)
+            chosen = self.dice.choice(kept[newest:]).content
             if chosen != kept[-1].content:
                 file.stale[sector] = chosen
         file.versions.clear()

@@ -127,7 +127,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def delay_s(self) -> float:
         """Return how long something takes: mostly next to nothing, now and then an age."""
-        return self.dice.choice((0.0, 0.0, 1e-5, 1e-4, 1e-3, 2e-2))
+        return self.dice.choice((0.0, 0.0, 0.0, 1e-5, 1e-4, 1e-4, 1e-3, 1e-3, 2e-2, 0.2))
 
     def _begin(self, work: Callable[[], Any], future: "asyncio.Future[Any]") -> None:
         value, error = None, None

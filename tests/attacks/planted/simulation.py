@@ -1,0 +1,268 @@
+"""Bugs for the attack "simulation": what makes a storage lose, mix up or resurrect data once in a thousand crashes."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
+from blockvirt.pool import backing
+from blockvirt.pool.backing import BackingFile
+from blockvirt.volumes import checkpoint, commit, flush, journal
+from blockvirt.volumes.journal import Journal
+from blockvirt.volumes.leaf_map import LeafMap
+from blockvirt.volumes.ranges import InPlace
+from blockvirt.volumes.slow_path import SlowPath
+from blockvirt.volumes.volume import Volume
+from tests.attacks.planted.bugs import Bug, replacing
+
+_QUICK = 30
+
+
+async def _no_sync(volume: Volume) -> None:
+    for file in volume.files.unsynced():
+        file.unsynced_bytes = 0
+
+
+async def _sync_then_forget(volume: Volume) -> None:
+    files = volume.files.unsynced()
+
+    def sync_all() -> None:
+        for file in files:
+            file.sync()
+
+    if files:
+        await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
+    for file in files:
+        file.unsynced_bytes = 0
+
+
+def _in_flush_and_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(flush, "sync_data", _sync_then_forget)
+    patch.setattr(checkpoint, "sync_data", _sync_then_forget)
+
+
+def _write_frame_later(self: Journal, frame: bytes, crc: int) -> None:
+    fd, at = self._fds[self.generation & 1], self._at
+
+    def write() -> None:
+        with suppress(OSError):
+            os.pwrite(fd, frame, at)
+
+    asyncio.get_running_loop().call_later(1e-3, write)
+    self._at += len(frame)
+    self.sequence += 1
+    self.chain = crc
+    self.appended_bytes += len(frame)
+
+
+@asynccontextmanager
+async def _not_stopped(self: InPlace) -> AsyncIterator[None]:
+    self._stops += 1
+    try:
+        yield
+    finally:
+        self._stops -= 1
+        self._wake()
+
+
+def _step_with_its_leaves(patch: pytest.MonkeyPatch) -> None:
+    step = LeafMap.step
+
+    def wrong(self: LeafMap, epoch: int) -> None:
+        before = self.epoch
+        step(self, epoch)
+        for leaf in self.leaves.values():
+            if leaf.birth == before:
+                leaf.birth = epoch
+
+    patch.setattr(LeafMap, "step", wrong)
+
+
+def _cut_nothing(self: BackingFile) -> None:
+    self.reserved_chunks = max(self.reserved_chunks, self.used_chunks)
+
+
+def _hand_out_again(patch: pytest.MonkeyPatch) -> None:
+    dropped = Volume._dropped
+
+    def wrong(self: Volume, chunk: int, old: int) -> None:
+        dropped(self, chunk, old)
+        if old >= FRESH:
+            file = self.files.get(file_of(old))
+            if file.used_chunks == chunk_of(old) + 1:
+                file.used_chunks -= 1
+                self.freed.remove(old & ADDRESS_MASK)
+
+    patch.setattr(Volume, "_dropped", wrong)
+
+
+def _ignore_stops(patch: pytest.MonkeyPatch) -> None:
+    async def note_nothing(self: Volume) -> None:
+        pass
+
+    patch.setattr(journal, "_stop_reason", lambda _: "")
+    patch.setattr(Volume, "note_stop", note_nothing)
+
+
+def _unmap_but_the_last(patch: pytest.MonkeyPatch) -> None:
+    unmap = SlowPath._unmap
+
+    async def wrong(self: SlowPath, first: int, end: int) -> None:
+        await unmap(self, first, end - 1 if end % 512 == 0 else end)
+
+    patch.setattr(SlowPath, "_unmap", wrong)
+
+
+def _switch_to_the_same_file(patch: pytest.MonkeyPatch) -> None:
+    switch = Journal.switch
+
+    def wrong(self: Journal) -> None:
+        switch(self)
+        self._fds = self._fds[1], self._fds[0]
+
+    patch.setattr(Journal, "switch", wrong)
+
+
+def _mark_the_newest(patch: pytest.MonkeyPatch) -> None:
+    mark = Journal.mark
+    patch.setattr(Journal, "mark", lambda self, upto: mark(self, self.map_sequence))
+
+
+def _count_before(self: BackingFile, data: memoryview, position: int) -> None:
+    self.unsynced_bytes += len(data)
+    done = 0
+    while done < len(data):
+        done += os.pwrite(self.fd, data[done:], position + done)
+
+
+def _sync_twice(patch: pytest.MonkeyPatch) -> None:
+    guarded = flush.sync_guarded
+
+    def again(sync: Callable[[], None]) -> Callable[[], None]:
+        def wrong() -> None:
+            try:
+                sync()
+            except OSError:
+                sync()
+
+        return wrong
+
+    async def wrong(volume: Volume, what: str, sync: Callable[[], None]) -> None:
+        await guarded(volume, what, again(sync))
+
+    patch.setattr(flush, "sync_guarded", wrong)
+
+
+def _sync_no_directory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(backing, "sync_directory", lambda _: None)
+    patch.setattr(journal, "sync_directory", lambda _: None)
+
+
+def _free_what_snapshots_see(_: Any, change: Any) -> list[int]:
+    return [address for _, address in change.dropped]
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def _bug(name: str, what: str, breaks: tuple[str, ...], plant: Plant, most: int) -> Bug:
+    """``most``: several times as many histories as it takes; what shows within a few is quick."""
+    return Bug(name, what, breaks, "simulation", plant, count=most, is_quick=most <= _QUICK)
+
+
+BUGS: tuple[Bug, ...] = (
+    _bug(
+        "sim-mark-without-data",
+        "a flush marks journal frames as durable without a sync of the data that they name",
+        ("I1", "I3"),
+        replacing(flush, "sync_data", _no_sync),
+        30,
+    ),
+    _bug(
+        "sim-commit-without-data",
+        "a checkpoint commits map entries without a sync of the data that they name",
+        ("I1", "I5"),
+        replacing(checkpoint, "sync_data", _no_sync),
+        30,
+    ),
+    _bug(
+        "sim-reply-before-journal",
+        "journal frames are written a moment after the reply",
+        ("I3b",),
+        replacing(Journal, "_write", _write_frame_later),
+        60,
+    ),
+    _bug(
+        "sim-freeze-without-waiting",
+        "a freeze does not wait for overwrites in place that are in a thread",
+        ("I5",),
+        replacing(InPlace, "stopped", _not_stopped),
+        400,
+    ),
+    _bug(
+        "sim-fresh-after-a-step",
+        "what the head had allocated before a snapshot is overwritten in place after it",
+        ("I5",),
+        _step_with_its_leaves,
+        30,
+    ),
+    _bug(
+        "sim-files-not-cut",
+        "recovery leaves what was written to addresses that it hands out again",
+        ("I2", "I8"),
+        replacing(BackingFile, "cut", _cut_nothing),
+        200,
+    ),
+    _bug(
+        "sim-address-reused",
+        "the address at the end of a file is handed out again when its chunk is trimmed",
+        ("I1", "I2", "I3"),
+        _hand_out_again,
+        100,
+    ),
+    _bug("sim-stop-note-ignored", "recovery ignores that the volume had stopped", ("I7",), _ignore_stops, 400),
+    _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 30),
+    _bug(
+        "sim-generation-reused",
+        "the journal's next generation overwrites the one that no commit covers yet",
+        ("I3b",),
+        _switch_to_the_same_file,
+        300,
+    ),
+    _bug(
+        "sim-sync-then-forget",
+        "a flush forgets what was written to a file while it was being synced",
+        ("I3",),
+        _in_flush_and_checkpoint,
+        60,
+    ),
+    _bug(
+        "sim-mark-too-new",
+        "a mark names the newest frame, also where that came after the sync of the data had begun",
+        ("I1", "I3"),
+        _mark_the_newest,
+        400,
+    ),
+    _bug(
+        "sim-count-before-write",
+        "a thread counts a write as unsynced before it is in the page cache",
+        ("I3",),
+        replacing(BackingFile, "write", _count_before),
+        600,
+    ),
+    _bug("sim-sync-tried-again", "a failed sync is tried again", ("I7",), _sync_twice, 400),
+    _bug(
+        "sim-directory-not-synced", "new files are not made durable in their directory", ("I3",), _sync_no_directory, 30
+    ),
+    _bug(
+        "sim-freed-under-a-snapshot",
+        "what the head drops is freed although an older snapshot sees it",
+        ("I5", "I6"),
+        replacing(commit, "_no_longer_held", _free_what_snapshots_see),
+        30,
+    ),
+)
