@@ -7,8 +7,10 @@ with what was answered, and proved.
 """
 
 import asyncio
+import multiprocessing
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ from tests.attacks.faults_verdict import judge
 from tests.attacks.faulty_disk import FaultyDisk
 
 _TRIAL_S = 60
+_FEW = 200
+"""Fewer trials are done in this process."""
 CELLS = all_cells()
 
 
@@ -50,13 +54,46 @@ def seed_of(cell: Cell, ending: str = "") -> int:
 
 
 def run(budget: Budget) -> Outcome:
-    """Try one cell after the other."""
+    """Try one cell after the other; many of them in two processes."""
+    if budget.count < _FEW:
+        outcome, hit_sites = _run(budget)
+    else:
+        outcome, hit_sites = _run_in_two(budget)
+    _demand(budget, outcome, hit_sites)
+    return outcome
+
+
+def _run_in_two(budget: Budget) -> tuple[Outcome, set[Site]]:
+    """Give each half to a process of its own."""
+    context = multiprocessing.get_context("fork")
+    first = budget.count // 2
+    outcome, hit_sites = Outcome(), set[Site]()
+    parts = []
+    for seed, count in ((budget.seed, first), (budget.seed + first, budget.count - first)):
+        half = replace(budget, seed=seed, count=count)
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=lambda half=half, sending=sending: sending.send(_run(half)))
+        process.start()
+        sending.close()
+        parts.append((receiving, process))
+    for receiving, process in parts:
+        mine, sites = receiving.recv()
+        process.join()
+        outcome.tried += mine.tried
+        outcome.failures += mine.failures
+        hit_sites |= sites
+        for figure, value in mine.figures.items():
+            outcome.add(figure, value)
+    return outcome, hit_sites
+
+
+def _run(budget: Budget) -> tuple[Outcome, set[Site]]:
     outcome, hit_sites = Outcome(), set[Site]()
     for seed in budget.seeds(outcome):
         cell = CELLS[seed % len(CELLS)]
         root = budget.scratch / f"{seed}"
         root.mkdir()
-        hits = outcome.figures.get("hit", 0)
+        hits = _figure(outcome, "hit")
         try:
             with watched(_TRIAL_S):
                 if cell.is_traced:
@@ -68,23 +105,18 @@ def run(budget: Budget) -> Outcome:
         shutil.rmtree(root)
         for problem in problems[:1]:
             outcome.fail(seed, f"{cell}: {problem}")
-        if outcome.figures.get("hit", 0) > hits:
+        if _figure(outcome, "hit") > hits:
             hit_sites.add(cell.site)
         if not outcome.tried % 100:
             budget.say(f"{outcome.tried} of {budget.count} faults: {outcome.figures}")
-    _demand(budget, outcome, hit_sites)
-    return outcome
+    return outcome, hit_sites
 
 
 def _demand(budget: Budget, outcome: Outcome, hit_sites: set[Site]) -> None:
     """Raise RuntimeError if the attack has passed by doing nothing."""
     if budget.count >= 20 and not outcome.failures:
-        idle = [
-            name
-            for name in ("hit", "steps refused", "stops", "flushes", "blocks compared")
-            if not _figure(outcome, name)
-        ]
-        if idle:
+        figures = ("hit", "steps refused", "stops", "flushes", "blocks compared")
+        if idle := [name for name in figures if not _figure(outcome, name)]:
             raise RuntimeError(f"the attack proves nothing: {idle} are 0")
     if budget.count >= len(CELLS) and (missed := {cell.site for cell in CELLS} - hit_sites):
         raise RuntimeError(f"the scenario never comes to {', '.join(map(str, sorted(missed)))}")
