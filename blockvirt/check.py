@@ -94,7 +94,12 @@ def run(
 def _check_store(store: Store, stack: ExitStack, *, repair: bool, note: str, progress: Progress | None) -> Report:
     with store.read() as reader:
         findings = list(verify_records(reader, _decoded_later))
-        members = members_of(reader)
+        try:
+            members = members_of(reader)
+            if reader.record(PoolRecord, Table.POOL, POOL_KEY) is None:
+                raise DamagedRecord("there is no pool record")
+        except DamagedRecord:  # which has been found above
+            return _report(findings, "the rest was not looked at: it needs the records of the pool and its devices")
     pool = pool_record(store, EngineSettings())
     threads = IoThreads(1)
     stack.callback(threads.close)

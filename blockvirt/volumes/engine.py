@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockvirt.errors import BlockvirtError, InvalidRequest, MetadataFault
+from blockvirt.errors import BlockvirtError, DamagedRecord, InvalidRequest, MetadataFault
 from blockvirt.ids import new_id
 from blockvirt.limits import (
     CHECKPOINT_AGE_S,
@@ -180,9 +180,15 @@ def volume_context(
 
 
 def pool_record(store: Store, settings: EngineSettings) -> PoolRecord:
-    """Return the pool's record, made at the first start; raises MetadataFault for a newer format."""
+    """Return the pool's record, made at the first start; raises MetadataFault for a newer format, DamagedRecord."""
     with store.read() as reader:
         found = reader.record(PoolRecord, Table.POOL, POOL_KEY)
+        is_new = not any(reader.count(table) for table in (Table.POOL, Table.DEVICES, Table.VOLUMES, Table.BRANCHES))
+    if found is None and not is_new:
+        raise DamagedRecord(
+            "the pool's own record is missing from the metadata, and others are there",
+            correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back the newest intact copy",
+        )
     if found is not None:
         if found.format_version > FORMAT_VERSION:
             raise MetadataFault(

@@ -299,3 +299,20 @@ async def test_a_flipped_bit_is_no_note_that_a_volume_stopped(tmp_path: Path) ->
     assert await read(handle, 4 * 4096, 1) == b"\5"
     await handle.close()
     await pool.close()
+
+
+@pytest.mark.parametrize("table", [Table.POOL, Table.DEVICES])
+async def test_a_pool_whose_own_record_is_lost_is_not_made_anew(tmp_path: Path, table: Table) -> None:
+    pool = await at_rest(tmp_path)
+
+    def misplace(writer: Writer) -> None:
+        (row,) = writer.scan(table)
+        writer.delete(table, row[0])
+        writer.put(table, b"qool", row[1])
+
+    alter(pool, misplace)
+    before = (pool.state_dir / "metadata" / "data.mdb").read_bytes()
+    assert "damaged-record" in codes(pool)
+    assert (pool.state_dir / "metadata" / "data.mdb").read_bytes() == before
+    with pytest.raises(DamagedRecord):
+        await pool.start()
