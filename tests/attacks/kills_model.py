@@ -70,6 +70,8 @@ class Expected:
     """Asked for and not answered: each chunk of each may be there or not. They do not overlap."""
     instead: World | None = None
     """With what was asked for beside, and not answered: a snapshot, a deletion ... All of it is there, or nothing."""
+    may_leak: bool = False
+    """A flatten was under way: copies that it had not brought into the map may be left over."""
 
     def broken(self, found: World) -> list[str]:
         """Say how what was found differs from everything that it may be; nothing: it does not."""
