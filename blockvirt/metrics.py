@@ -1,14 +1,14 @@
 """Prometheus metrics: one collector over plain integers that the rooms count anyway.
 
-``take`` runs on the event loop and only copies numbers; reading what is kept in the metadata, and making text of all,
-happens in a thread. Series by volume exist for open volumes only, latency histograms by command only, so that a scrape
-stays small at 10,000 volumes.
+``take`` runs on the event loop and only copies numbers, none of them for each volume; reading those of open volumes and
+what is kept in the metadata, and making text of all, happens in a thread. Series by volume exist for open volumes only,
+latency histograms by command only, so that a scrape stays small at 10,000 volumes.
 """
 
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -34,6 +34,7 @@ from blockvirt.nbd.stats import LATENCY_BOUNDS_S, ServerStats, Traffic
 from blockvirt.snapshots.space_figures import SpaceFigures, SpaceOfVolumes, newest_snapshot_s, trashed_chunks
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine
+from blockvirt.volumes.opened import OpenVolume
 from blockvirt.volumes.ports import PoolStatus
 from blockvirt.volumes.stats import VolumeStats
 
@@ -113,13 +114,13 @@ class Metrics:
 
         Once the metadata store has failed, what lies in it is shown as it was at the scrape before.
         """
-        open_volumes, nbd = tuple(self._open_volumes()), self._server.stats()
+        opened, nbd = self._engine.registry.opened(), self._server.stats()
         try:
             figures = Figures(
                 pool=self._engine.storage.status(),
                 promised_bytes=self._catalogue.promised_bytes,
                 volumes=self._catalogue.count(),
-                open_volumes=open_volumes,
+                open_volumes=(),
                 nbd=nbd,
                 store=self._engine.store.stats(),
                 jobs=self._engine.jobs.counts(),
@@ -128,11 +129,12 @@ class Metrics:
             if self._last is None:
                 raise
             store = replace(self._last.store, failed=True)
-            figures = replace(self._last, open_volumes=open_volumes, nbd=nbd, store=store)
+            figures = replace(self._last, nbd=nbd, store=store)
         self._last = figures
-        return partial(self._text, figures)
+        return partial(self._text, figures, opened)
 
-    def _text(self, figures: Figures) -> bytes:
+    def _text(self, figures: Figures, opened: Sequence[OpenVolume]) -> bytes:
+        figures = replace(figures, open_volumes=tuple(_figures_of(each) for each in opened))
         try:
             self._last_stored = self._stored(figures)
         except BlockvirtError as error:
@@ -150,19 +152,21 @@ class Metrics:
                     log.error("when volume %s was snapshotted cannot be told: %s", volume.name, error)
             return StoredFigures(*trashed_chunks(reader), space, newest_s)
 
-    def _open_volumes(self) -> Iterator[VolumeFigures]:
-        for opened in self._engine.registry.opened():
-            volume = opened.volume
-            mapped_bytes = volume.tail.mapped_chunks * volume.chunk_bytes
-            yield VolumeFigures(
-                id=volume.record.id,
-                name=volume.record.name,
-                size_bytes=volume.size_bytes,
-                mapped_bytes=min(mapped_bytes, volume.size_bytes),
-                journal_fill_ratio=volume.journal.fill_ratio() if volume.journal is not None else 0.0,
-                stopped=volume.failure is not None,
-                stats=replace(volume.stats),
-            )
+
+def _figures_of(opened: OpenVolume) -> VolumeFigures:
+    """Read an open volume's plain numbers, in whatever thread: each is right, two may be of different moments."""
+    volume = opened.volume
+    journal = volume.journal  # it may be closed meanwhile
+    mapped_bytes = volume.tail.mapped_chunks * volume.chunk_bytes
+    return VolumeFigures(
+        id=volume.record.id,
+        name=volume.record.name,
+        size_bytes=volume.size_bytes,
+        mapped_bytes=min(mapped_bytes, volume.size_bytes),
+        journal_fill_ratio=journal.fill_ratio() if journal is not None else 0.0,
+        stopped=volume.failure is not None,
+        stats=replace(volume.stats),
+    )
 
 
 def render(figures: Figures, stored: StoredFigures, chunk_bytes: int) -> bytes:
