@@ -199,10 +199,10 @@ class Flattening:
         if not sources:
             return True
         copies = dict(zip(sources, await slow.copy_chunks(sources), strict=True))
-        await opened.flusher.flush()  # the long part of the sync, while guests go on
         first, number = leaf << SLOT_BITS, volume.map.branch
         used: set[int] = set()
         try:
+            await opened.flusher.flush()  # the long part of the sync, while guests go on
             async with volume.busy.hold(first, first + LEAF_CHUNKS - 1):
                 # Without FRESH: a snapshot that is just being taken may be given the same copies below.
                 staged = [
@@ -223,6 +223,7 @@ class Flattening:
                 return replaced.whole
         finally:
             volume.give_up([copy for copy in copies.values() if copy not in used])
+            slow.copies_counted(copies.values())
 
     async def _foreign(self, opened: OpenVolume, leaf: int) -> list[int]:
         """Return the foreign addresses in the versions of a leaf, in the order of their chunks."""

@@ -5,7 +5,7 @@ copy and entry are decided in one piece. Between a ``stage`` and its ``settle`` 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -114,6 +114,7 @@ class SlowPath:
     async def copy_chunks(self, sources: Sequence[int]) -> list[int]:
         """Copy the content of chunks to new addresses of this volume's; nothing is staged. Returns them in order.
 
+        They count as reserved until ``copies_counted``: no entry names them yet, and nobody else may have their space.
         Raises PoolFull, VolumeStopped, DeviceFault, OSError; what was handed out by then is freed again.
         """
         volume = self._volume
@@ -133,11 +134,20 @@ class SlowPath:
                 ]
                 file, first = volume.tail.take(len(batch))
                 made += range(first, first + len(batch))
+                volume.context.storage.reserved(file.device_id, len(batch) << volume.chunk_shift)
                 await self._in_thread(partial(_copy_all, places, file, chunk_of(first) << volume.chunk_shift))
         except BaseException:
             volume.give_up(made)
+            self.copies_counted(made)
             raise
         return made
+
+    def copies_counted(self, copies: Iterable[int]) -> None:
+        """Hear that copies that ``copy_chunks`` made are named by entries, or given up: they count as such."""
+        volume = self._volume
+        for copy in copies:
+            device_id = volume.files.get(file_of(copy)).device_id
+            volume.context.storage.reserved(device_id, -volume.chunk_bytes)
 
     async def stage_entries(self, changes: Sequence[tuple[int, int]]) -> None:
         """Stage (chunk, entry) pairs. The caller holds the chunks, and has written what the entries name."""

@@ -121,6 +121,7 @@ async def test_copies_find_room_where_a_write_took_what_was_made_for_them(family
         await writing
         assert len(set(copies)) == len(sources)
         opened.volume.give_up(copies)
+        opened.slow.copies_counted(copies)
     await handle.close()
     assert not findings(family.pool, leaks=True)
 
