@@ -181,7 +181,7 @@ ATTACK = Attack(
     name="faults",
     unit="faults",
     promises=("I3", "I3b", "I5", "I6", "I7"),
-    trials={Level.SAMPLE: 60, Level.PROVE: len(CELLS), Level.SOAK: 10 * len(CELLS)},
+    trials={Level.SAMPLE: 40, Level.PROVE: len(CELLS), Level.SOAK: 10 * len(CELLS)},
     run=run,
     requires=("strace",),
 )
