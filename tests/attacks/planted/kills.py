@@ -206,7 +206,7 @@ BUGS = (
         "I3b",
         replacing(OpenVolume, "close", _journal_gone_first),
         "overwrites",
-        range(33, 36),
+        range(32, 37),
     ),
     _bug(
         "covered-before-commit",
@@ -214,7 +214,7 @@ BUGS = (
         "I3b",
         replacing(checkpoint, "_commit", _covered_first),
         "copies",
-        range(41, 44),
+        range(40, 46),
     ),
     _bug(
         "snapshot-before-its-map",
@@ -222,7 +222,7 @@ BUGS = (
         "I5",
         replacing(checkpoint, "_commit", _snapshot_first),
         "snapshots",
-        range(24, 27),
+        range(23, 31),
         is_quick=True,
     ),
     _bug(
@@ -231,7 +231,7 @@ BUGS = (
         "I5",
         replacing(Snapshots, "_take", _one_by_one),
         "groups",
-        range(28, 31),
+        range(27, 37),
     ),
     _bug(
         "revert-in-two-steps",
@@ -239,7 +239,7 @@ BUGS = (
         "I5",
         replacing(Reverts, "_revert", _safety_first),
         "reverts",
-        range(40, 44),
+        range(40, 47),
     ),
     _bug(
         "newest-frame-ignored",
