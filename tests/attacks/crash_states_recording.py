@@ -16,7 +16,7 @@ from tests.attacks.power_cuts_load import Load, examine, random_file
 from tests.attacks.power_cuts_model import NEVER, SECTOR_BYTES, PoolModel
 
 IMAGE_BYTES = 96 * MIB
-REQUESTS = (60, 180)  # before the power cut in the middle, and as many after it
+REQUESTS = (80, 220)  # before the power cut in the middle, and as many after it
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from tests.attacks.power_cuts_model import (
 )
 
 MAX_VOLUMES, MAX_SNAPSHOTS = 5, 8
+_STORM_SHARE, _STORM_WRITES = 8, 12  # the part of a volume that is written to while a snapshot is taken, and how often
 _DEAD_REQUESTS = 100  # that are sent after the power was cut, to what lives on
 
 
@@ -166,7 +167,7 @@ class Load:
 
     def _start_lanes(self, group: asyncio.TaskGroup, volume: VolumeModel) -> None:
         count = self._dice.choice((1, 2, 2))
-        share = volume.sectors // count
+        share = (volume.sectors - volume.sectors // _STORM_SHARE) // count
         self._lanes[volume.name] = [
             group.create_task(self._until_cut(self._lane(volume, number * share, share))) for number in range(count)
         ]
@@ -266,10 +267,34 @@ class Load:
             await self._read(dice.choice(snapshots))
 
     async def _snapshot(self, volume: VolumeModel) -> None:
-        made = self._model.add_snapshot(volume, f"s{self._model.number()}")
-        await self._pool.snapshot(volume.name, made.name)
-        made.answered(self._model.number())
-        made.life.made.answered = self._model.clock()
+        opened = await self._pool.open(volume.name)
+        answered = asyncio.Event()
+        try:
+            await self._send(opened, volume, self._storm_write(volume))  # something is to be synced
+            made = self._model.add_snapshot(volume, f"s{self._model.number()}")
+            storm = asyncio.create_task(self._until_cut(self._storm(opened, volume, answered)))
+            try:
+                await self._pool.snapshot(volume.name, made.name)
+                made.answered(self._model.number())
+                made.life.made.answered = self._model.clock()
+            finally:
+                answered.set()
+                await storm
+        finally:
+            with suppress(Exception):
+                await opened.close()
+
+    async def _storm(self, opened: Volume, volume: VolumeModel, answered: asyncio.Event) -> None:
+        """Write while a snapshot is taken: between its syncs, its freeze and its commit."""
+        for _ in range(_STORM_WRITES):
+            if answered.is_set():
+                return
+            await self._send(opened, volume, self._storm_write(volume))
+            await asyncio.sleep(0)
+
+    def _storm_write(self, volume: VolumeModel) -> Request:
+        share = volume.sectors // _STORM_SHARE
+        return Request(Kind.WRITE, volume.sectors - share + self._dice.randrange(share // 8) * 8, 8)
 
     async def _delete_snapshot(self, snapshot: SnapshotModel) -> None:
         snapshot.life.removed = Span(self._model.clock())

@@ -34,13 +34,6 @@ async def _noted_afterwards(volume: Volume) -> None:
         file.unsynced_bytes = 0  # what was written meanwhile is not looked for any more
 
 
-async def _only_beforehand(volume: Volume) -> None:
-    """The sync before the freeze, and none of what was written between the two."""
-    task = asyncio.current_task()
-    if task is None or not task.get_name().endswith(":sync"):
-        await flush.sync_data(volume)
-
-
 async def _mark_first(self: Flusher) -> None:
     volume = self._volume
     volume.check()
@@ -141,14 +134,6 @@ BUGS: tuple[Bug, ...] = (
         replacing(checkpoint, "sync_data", _no_sync),
         "I1",
         "I5",
-    ),
-    _bug(
-        "freeze-after-the-sync",
-        "a snapshot does not sync what was written between the first sync and the freeze",
-        replacing(checkpoint, "sync_data", _only_beforehand),
-        "I1",
-        "I5",
-        count=1_000,
     ),
     _bug(
         "journal-never-synced",
