@@ -121,18 +121,24 @@ class Clients:
         async with self._using(volume) as handle:
             slow: list[tuple[Write, range]] = []
             fast: list[Write] = []
+            failed: BlockvirtError | OSError | None = None
             began_s = self.world.machine.now_s()
-            try:
-                for _ in range(self.dice.choice((1, 1, 2, 4))):
-                    cells = self._range(volume, handle.size_bytes)
-                    write = volume.begin(self.world.number(), cells, self.world.tick())
+            for _ in range(self.dice.choice((1, 1, 2, 4))):
+                cells = self._range(volume, handle.size_bytes)
+                write = volume.begin(self.world.number(), cells, self.world.tick())
+                try:
                     if handle.write_now(cells.start * CELL, memoryview(packed(write.stamp) * len(cells))):
                         fast.append(write)
                     else:
                         slow.append((write, cells))
-                handle.settle()
+                except (BlockvirtError, OSError) as error:
+                    volume.end(write, self.world.tick(), answered=False)
+                    failed = error
+                    break
+            try:
+                handle.settle()  # whatever became of the last one
             except (BlockvirtError, OSError):
-                for each in {write: None, **dict.fromkeys(fast), **dict.fromkeys(each for each, _ in slow)}:
+                for each in [*fast, *(each for each, _ in slow)]:
                     volume.end(each, self.world.tick(), answered=False)
                 raise
             for write in fast:
@@ -140,9 +146,9 @@ class Clients:
             tasks = [asyncio.create_task(self._slow_write(volume, handle, *each)) for each in slow]
             if tasks:
                 await asyncio.wait(tasks)
-            for error in [task.exception() for task in tasks]:
-                if error is not None:
-                    raise error
+            for problem in [failed, *(task.exception() for task in tasks)]:
+                if problem is not None:
+                    raise problem
 
     async def _slow_write(self, volume: Volume, handle: Any, write: Write, cells: range) -> None:
         fua = self.dice.random() < 0.1
