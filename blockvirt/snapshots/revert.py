@@ -109,6 +109,8 @@ class Reverts:
                 )
         if done.job_id is not None:
             self._engine.jobs.wake(done.job_id)
+        if done.safety is not None:
+            self._engine.sealing.set()
         log.warning("volume %s is reverted to snapshot %s", volume.name, target.name)
         return Revert(volume.id, target, reverted=True, safety=done.safety, needs_reopen=done.needs_reopen)
 

@@ -1,5 +1,6 @@
 """Checksums of sealed chunks: computed in the background, compared where a sealed chunk is copied."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_rows_of_checksums_hold_what_is_put(tmp_path: Path) -> None:
     with store.read() as reader:
         assert not reader.count(Table.CHECKSUMS)
     store.close()
+
+
+async def test_what_a_revert_keeps_is_sealed_without_another_snapshot(pool: SnapshotPool) -> None:
+    volume_id = await pool.volume(SIZE, "v")
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"a" * CHUNK)
+    await pool.snapshots.create({"v": "a"})
+    await sealed(pool)
+    await write(handle, 0, b"b" * CHUNK)
+    await handle.close()
+    await pool.reverts.revert("v@a")
+    await asyncio.wait_for(sealed(pool), 5)
