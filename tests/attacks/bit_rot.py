@@ -94,12 +94,15 @@ def run(budget: Budget) -> Outcome:
             damage = bench.rot.damage(seed)
             outcome.add(damage.kind.value)
             broken = _trial(bench, damage, outcome)
+            if not broken and not bench.rot.is_whole():
+                broken = "the check changed the metadata, which it must only read"
+                bench.kept.restore()
             if broken:
                 outcome.fail(seed, f"{damage.what}: {broken}")
             if not (seed + 1) % 200:
                 budget.say(f"bit_rot: seed {seed}: {outcome.tried + 1} damaged, {len(outcome.failures)} broken")
-    if outcome.tried >= 100 and not outcome.figures.get("found"):
-        raise AssertionError("bit_rot proves nothing: nothing was found in a hundred trials")
+    if outcome.tried >= 20 and not outcome.failures and not outcome.figures.get("found"):
+        raise AssertionError("bit_rot proves nothing: nothing was found in twenty trials")
     return outcome
 
 

@@ -98,6 +98,10 @@ class Rot:
         for span in walked.spans:
             self._parts.setdefault(span.part, defaultdict(list))[span.table].append(span)
 
+    def is_whole(self) -> bool:
+        """Tell whether the metadata are as they were."""
+        return self.data_file.read_bytes() == self._content
+
     def damage(self, seed: int) -> Damage:
         """Return the damage of a trial."""
         chance = random.Random(seed)

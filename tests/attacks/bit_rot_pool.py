@@ -160,6 +160,7 @@ def make(root: Path) -> RottingPool:
     pool.device.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockvirt.ids.uuid.uuid4", lambda: uuid.UUID(int=chance.getrandbits(128), version=4))
+        patch.setattr("blockvirt.snapshots.sealing.SEAL_REST_RATIO", 0)
         asyncio.run(_made(pool, chance))
     pool.save_contents()
     return pool
@@ -193,7 +194,7 @@ async def _made(pool: RottingPool, chance: random.Random) -> None:
 def _at_rest(pool: RottingPool) -> None:
     """Return when all is sealed, freed and punched: the metrics tell, so they are asked again and again."""
     while set(_BACKLOG.findall(pool.asked("GET", "/metrics")[1].decode())) != {"0.0"}:
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def leave_journal(daemon: SmallChunks) -> list[tuple[Path, int, int]]:

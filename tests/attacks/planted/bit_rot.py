@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from blockvirt.checksum import crc32c
-from blockvirt.errors import DamagedRecord
 from blockvirt.meta import datafile, records, verify_map
 from blockvirt.pool import labels
 from blockvirt.volumes import checksums, data_proof, recovery
@@ -31,24 +30,6 @@ def _unsealed_by(right: Any) -> Any:
 
 def _unseal_unread(key: bytes, stored: bytes, *, what: str) -> bytes:
     return stored[:-4]
-
-
-def _seal_values_alone(patch: pytest.MonkeyPatch) -> None:
-    """Take a value for intact whatever its key, where it was intact under some key of its length: as if unkeyed."""
-    seen: dict[bytes, None] = {}
-    right = records.unseal
-
-    def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
-        try:
-            payload = right(key, stored, what=what)
-        except DamagedRecord:
-            if stored not in seen:
-                raise
-            return stored[:-4]
-        seen[stored] = None
-        return payload
-
-    _unsealed_by(unseal)(patch)
 
 
 def _read_any_label(patch: pytest.MonkeyPatch) -> None:
@@ -85,11 +66,11 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "checksum-without-the-key",
-        "a record is taken for intact under another record's key",
+        "the checksum of a record does not cover its key",
         ("I4", "I5"),
         "bit_rot",
-        _seal_values_alone,
-        count=200,
+        replacing(records, "crc32c", lambda data, seed=0: crc32c(data)),
+        count=100,
         is_quick=False,
     ),
     Bug(
