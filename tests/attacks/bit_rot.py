@@ -111,7 +111,7 @@ def _bench(budget: Budget) -> Iterator[Bench]:
     with ExitStack() as stack:
         root = budget.scratch / "p"
         pool = make(root)
-        daemon = stack.enter_context(SmallChunks(""))
+        daemon = stack.enter_context(SmallChunks(budget.planted))
         frames = leave_journal(daemon)
         rot = Rot(pool.state / "metadata/data.mdb", label_of(pool.device), pool.sealed_chunks(), frames)
         watchers = [Watcher(each, budget.planted) for each in (root, daemon.root)]

@@ -62,7 +62,7 @@ BUGS: tuple[Bug, ...] = (
         ("I4", "I5"),
         "bit_rot",
         _unsealed_by(_unseal_unread),
-        count=30,
+        count=20,
     ),
     Bug(
         "checksum-without-the-key",
@@ -87,7 +87,7 @@ BUGS: tuple[Bug, ...] = (
         ("I6",),
         "bit_rot",
         _read_any_label,
-        count=200,
+        seed=1140,  # a digit of a time becomes another one: nothing but the checksum can tell
         is_quick=False,
     ),
     Bug(
@@ -96,7 +96,7 @@ BUGS: tuple[Bug, ...] = (
         ("I4",),
         "bit_rot",
         replacing(datafile, "page_order_problems", lambda *_: []),
-        count=400,
+        seed=2203,  # a key of a branch page, with a row on the wrong side of it then
         is_quick=False,
     ),
     Bug(
