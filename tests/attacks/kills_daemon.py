@@ -178,7 +178,8 @@ class Daemon:
 
     def ready(self) -> bool:
         """Wait until it serves; False where it was killed before. Raises DaemonFailed where it cannot start."""
-        found = select.select([self._notices, self._end], [], [], DEADLINE_S)[0]
+        waited: list[Any] = [self._notices, self._end]  # an object with a descriptor, and a descriptor
+        found = select.select(waited, [], [], DEADLINE_S)[0]
         if self._notices in found:
             return True
         if self._end in found and self.reap() == -signal.SIGKILL:
