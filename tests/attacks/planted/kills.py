@@ -180,8 +180,7 @@ BUGS = (
         "I3b",
         replacing(Dispatcher, "_answer", _answer_first),
         "first-write",
-        range(27, 33),
-        is_quick=True,
+        range(27, 33),  # where the calls fall shifts with the load: missed at times, so not a part of `make test`
     ),
     _bug(
         "trims-not-journalled",
