@@ -39,6 +39,11 @@ def calls_in(work: Callable[[], Any]) -> int:
     return calls
 
 
+def least_calls_in(work: Callable[[], Any]) -> int:
+    """Return the least of a few: something else of this process (a callback of the collector) may come in between."""
+    return min(calls_in(work) for _ in range(5))
+
+
 def multiply(writer: Writer, volume_id: str, volumes: int) -> None:
     """Write more records like that of a volume: closed ones, which nobody opens."""
     record = writer.record(VolumeRecord, Table.VOLUMES, volume_id.encode())
@@ -57,13 +62,12 @@ async def test_the_event_loop_does_the_same_for_any_number_of_volumes(tmp_path: 
     await engine.store.commit(lambda writer: multiply(writer, made[0].id, volumes - OPENED))
     metrics = Metrics(engine, catalogue, Counters())
     await shown(metrics)
-    closed = calls_in(metrics.take)
+    closed = least_calls_in(metrics.take)
     assert closed < 500, "a few for each figure of the pool"
     handles = []
     for number, view in enumerate(made):
         handles.append(await engine.registry.open(view.id, f"s{number}"))
-        # Less than one call for each that is open: the background adds a figure of its own now and then.
-        assert calls_in(metrics.take) < closed + OPENED // 2, "nothing for an open volume"
+        assert least_calls_in(metrics.take) == closed, "nothing for an open volume"
     samples = await shown(metrics)
     assert samples["blockvirt_pool_volumes", ()] == volumes
     assert samples["blockvirt_open_volumes", ()] == len(handles)
