@@ -4,7 +4,6 @@ And that what the pool says it holds is what its filesystem has given: block for
 """
 
 import random
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from blockvirt.volumes.opened import OpenVolume
 from blockvirt.volumes.requests import NewVolume
 from tests.snapshots.conftest import SnapshotPool
 from tests.snapshots.test_histories import settled
-from tests.volumes.conftest import findings, read, until_punched, write
+from tests.volumes.conftest import findings, mounted, read, until_punched, write
 from tests.volumes.test_full_pool import fill
 
 CHUNK = 64 * KIB
@@ -162,14 +161,8 @@ async def settled_but_failed(pool: SnapshotPool) -> None:
 @pytest.fixture
 def real_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 128 MiB (ext4 on a loop device)."""
-    image, folder = tmp_path / "image", tmp_path / "real"
-    with image.open("wb") as file:
-        file.truncate(128 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted(tmp_path / "real", 128 * MIB) as folder:
+        yield folder
 
 
 def given_bytes(device: Path) -> int:

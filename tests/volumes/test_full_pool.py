@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.metadata_copies import MetadataCopies
-from tests.volumes.conftest import Pool, abandon, findings, read, until, until_punched, write
+from tests.volumes.conftest import Pool, abandon, findings, mounted, read, until, until_punched, write
 
 SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, checkpoint_age_s=3600.0)
 
@@ -25,14 +24,8 @@ SETTINGS = EngineSettings(chunk_bytes=64 * KIB, metadata_reserve_bytes=MIB, chec
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real filesystem of 64 MiB (ext4 on a loop device)."""
-    image, folder = tmp_path / "image", tmp_path / "small"
-    with image.open("wb") as file:
-        file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted(tmp_path / "small", 64 * MIB) as folder:
+        yield folder
 
 
 async def fill(handle: Handle) -> int:
