@@ -64,4 +64,5 @@ async def test_a_cancelled_caller_costs_nobody_a_result_and_close_waits_for_the_
     mine = list(threads._threads)
     threads.close()
     assert await last == 8
-    assert mine and not any(thread.is_alive() for thread in mine)
+    assert mine
+    assert not any(thread.is_alive() for thread in mine)
