@@ -12,7 +12,7 @@ from blockvirt.units import MIB
 from tests.attacks.crash_states_log import Recorder, recorded
 from tests.attacks.crash_states_pool import EnginePool
 from tests.attacks.power_cuts_disk import Disk, copy_sparse, make_filesystem
-from tests.attacks.power_cuts_load import Load, examine, random_file
+from tests.attacks.power_cuts_load import End, Load, examine, random_file
 from tests.attacks.power_cuts_model import NEVER, SECTOR_BYTES, PoolModel
 
 IMAGE_BYTES = 96 * MIB
@@ -130,9 +130,10 @@ class _Session:
         if load.problem:
             self.done.problems.append(load.problem)
 
-    def _cut(self) -> bool:
+    def _cut(self) -> End:
+        # A sync that runs in a thread meanwhile may say that it succeeded: see DaemonPool.between_system_calls.
         self.disk.shut_down()
-        return True
+        return End.DIES
 
     def _writes_back(self, dice: random.Random) -> None:
         file = random_file(self.pool.device, dice)
@@ -142,6 +143,5 @@ class _Session:
             self.disk.write_back(file)
 
 
-def _nothing() -> bool:
-    """The load ends, and nothing else does."""
-    return False
+def _nothing() -> End:
+    return End.LIVES

@@ -27,7 +27,7 @@ from tests.attacks.power_cuts_disk import (
     memory_folder,
     with_own_mounts,
 )
-from tests.attacks.power_cuts_load import Load, examine, random_file
+from tests.attacks.power_cuts_load import End, Load, examine, random_file
 from tests.attacks.power_cuts_model import SECTOR_BYTES, PoolModel
 
 CUTS = 5  # in one history
@@ -99,14 +99,16 @@ class History:
         self.model.settle(found.volumes, found.snapshots, NOW)
         return not found.problems
 
-    def _cut(self) -> bool:
-        self.disk.shut_down(self.dice.choice((LOSE_LOG, LOSE_LOG, LOSE_LOG, FLUSH_LOG)))
+    def _cut(self) -> End:
+        how = self.dice.choice((LOSE_LOG, LOSE_LOG, LOSE_LOG, FLUSH_LOG))
         if self.dice.random() < 0.5:
+            self.disk.shut_down(how)
             self.pool.kill()
-            return False
-        # It meets the errors of a dead disk, and must not acknowledge anything that is lost.
+            return End.DIES
+        with self.pool.between_system_calls():
+            self.disk.shut_down(how)
         self._dying = asyncio.get_running_loop().call_later(_DYING_S, self.pool.kill)
-        return True
+        return End.LINGERS
 
     def _what_the_kernel_does(self, dice: random.Random) -> None:
         file = random_file(self.device, dice)

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.attacks.power_cuts_model import SECTOR_BYTES
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 30.0
 _LOOK_S = 0.5  # between two looks whether the daemon still lives while it starts
+_STOPPED_S = 10.0  # until the last system call of a stopped daemon has ended
 _COMMANDS = {Kind.WRITE: c.CMD_WRITE, Kind.ZERO: c.CMD_WRITE_ZEROES, Kind.ALLOCATE: c.CMD_WRITE_ZEROES}
 _COMMANDS |= {Kind.TRIM: c.CMD_TRIM, Kind.FLUSH: c.CMD_FLUSH}
 
@@ -125,6 +128,23 @@ class DaemonPool:
             self._pid = 0
             self._zygote.reap()
 
+    @contextmanager
+    def between_system_calls(self) -> Iterator[None]:
+        """Hold the daemon still, none of its threads inside the kernel; then it goes on.
+
+        A sync that is running while a filesystem is shut down may say that it succeeded, and its data is lost: ext4 and
+        XFS drop the extents that it wrote to, and report no error. No power cut is survived by who would be told so.
+        """
+        os.kill(self._pid, signal.SIGSTOP)
+        deadline_s = time.monotonic() + _STOPPED_S
+        while not all(_is_stopped(task) for task in Path(f"/proc/{self._pid}/task").iterdir()):
+            if time.monotonic() > deadline_s:
+                raise DaemonFailed(f"the daemon cannot be stopped\n{self.log()}")
+        try:
+            yield
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
+
     async def stop(self) -> None:
         """End it as systemd does; raises DaemonFailed where that fails."""
         pid, self._pid = self._pid, 0
@@ -203,6 +223,14 @@ class DaemonPool:
             await client.close()
             raise
         return client
+
+
+def _is_stopped(task: Path) -> bool:
+    """Tell whether a thread is stopped; proc(5), /proc/pid/stat: the state follows the name, which is in brackets."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # it ended
 
 
 class NbdVolume:

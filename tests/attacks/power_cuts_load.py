@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from tests.attacks.power_cuts_model import (
 
 MAX_VOLUMES, MAX_SNAPSHOTS = 5, 8
 _STORM_SHARE, _STORM_WRITES = 8, 12  # the part of a volume that is written to while a snapshot is taken, and how often
-_DEAD_REQUESTS = 100  # that are sent after the power was cut, to what lives on
+_LINGERING_REQUESTS = 100  # that are sent after the power was cut
 
 
 class Kind(StrEnum):
@@ -125,6 +125,18 @@ def _range(dice: random.Random, kind: Kind, begin: int, sectors: int) -> Request
     return Request(kind, begin + first, min(count, sectors - first), dice.random() < 0.08)
 
 
+class End(Enum):
+    """What becomes of who serves at the end of a load."""
+
+    LIVES = auto()  # there was no cut: what is on its way will be answered, and counts
+    DIES = auto()  # in the middle of whatever it does: what it answers after the cut was seen by nobody
+    LINGERS = auto()  # on a dead disk: what it still acknowledges must be kept (I7)
+
+
+class PowerIsGone(Exception):
+    """An answer came after the cut, from who was dead by then."""
+
+
 class Load:
     """One run of it, up to a power cut."""
 
@@ -134,18 +146,16 @@ class Load:
         model: PoolModel,
         dice: random.Random,
         requests: int,
-        cut: Callable[[], bool],
+        cut: Callable[[], End],
         meanwhile: Callable[[random.Random], None],
     ) -> None:
-        """After ``requests`` of them ``cut`` is called; ``meanwhile`` now and then, for what the kernel may do.
-
-        If ``cut`` returns True, who serves lives on: it is tried whether it acknowledges what it cannot keep (I7).
-        """
+        """After ``requests`` of them ``cut`` is called; ``meanwhile`` now and then, for what the kernel may do."""
         self._pool = pool
         self._model = model
         self._dice = dice
         self._left = requests
-        self._lives_on = 0
+        self._more = 0
+        self._end = End.LIVES
         self._cut = cut
         self._meanwhile = meanwhile
         self._lanes: dict[str, list[asyncio.Task[None]]] = {}
@@ -210,6 +220,7 @@ class Load:
         if request.kind in (Kind.FLUSH, Kind.CHECKPOINT):
             mark = volume.mark(number)
             await opened.send(request, b"")
+            self._sees_the_answer()
             if request.kind is Kind.FLUSH:
                 volume.flushed(mark, model.clock())
                 self.flushes += 1
@@ -218,22 +229,28 @@ class Load:
         is_write = request.kind is Kind.WRITE
         volume.begin(number, request.first, [number if is_write else 0] * request.count)
         await opened.send(request, content(number, request.first, request.count) if is_write else b"")
+        self._sees_the_answer()
         volume.answered(number)
         if request.fua:
             volume.flushed(mark, model.clock())
             self.flushes += 1
 
     def _is_over(self) -> bool:
-        return self.is_cut and not self._lives_on
+        return self.is_cut and not self._more
+
+    def _sees_the_answer(self) -> None:
+        if self._end is End.DIES:
+            raise PowerIsGone
 
     def _count(self) -> None:
         if self.is_cut:
-            self._lives_on = max(0, self._lives_on - 1)
+            self._more = max(0, self._more - 1)
             return
         self._left -= 1
         if self._left <= 0:
             self.is_cut = True
-            self._lives_on = _DEAD_REQUESTS if self._cut() else 0
+            self._end = self._cut()
+            self._more = _LINGERING_REQUESTS if self._end is End.LINGERS else 0
         elif self._dice.random() < 0.08:
             self._meanwhile(self._dice)
         if self._left <= self._acts_at or self.is_cut:
@@ -275,6 +292,7 @@ class Load:
             storm = asyncio.create_task(self._until_cut(self._storm(opened, volume, answered)))
             try:
                 await self._pool.snapshot(volume.name, made.name)
+                self._sees_the_answer()
                 made.answered(self._model.number())
                 made.life.made.answered = self._model.clock()
             finally:
@@ -299,11 +317,13 @@ class Load:
     async def _delete_snapshot(self, snapshot: SnapshotModel) -> None:
         snapshot.life.removed = Span(self._model.clock())
         await self._pool.delete_snapshot(snapshot.export)
+        self._sees_the_answer()
         snapshot.life.removed.answered = self._model.clock()
 
     async def _clone(self, group: asyncio.TaskGroup, snapshot: SnapshotModel) -> None:
         made = self._model.add_volume(f"c{self._model.number()}", snapshot.allowed())
         await self._pool.clone(snapshot.export, made.name)
+        self._sees_the_answer()
         made.life.made.answered = self._model.clock()
         self._start_lanes(group, made)
 
@@ -317,6 +337,7 @@ class Load:
             if snapshot.volume is volume and snapshot.life.removed is None:
                 snapshot.life.removed = removed
         await self._pool.delete(volume.name)
+        self._sees_the_answer()
         removed.answered = self._model.clock()
 
     async def _read(self, snapshot: SnapshotModel) -> None:
