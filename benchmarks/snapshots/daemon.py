@@ -48,6 +48,15 @@ class Daemon(Blockvirt):
         """Take a snapshot."""
         return self.client.call("POST", "/v1/snapshots", {"volume": volume} | ({"name": name} if name else {}))
 
+    def snapshots(self, volume: str) -> int:
+        """How many snapshots a volume has."""
+        return len(list(self.client.pages("/v1/snapshots", "snapshots", {"volume": volume})))
+
+    def schedule(self, volume: str, name: str, keep: int) -> None:
+        """Have a snapshot taken each minute, and so many of these kept."""
+        body = {"name": name, "volume": volume, "cron": "* * * * *", "keep": {"last": keep}}
+        self.client.call("POST", "/v1/schedules", body)
+
     def delete(self, snapshot: str) -> dict[str, Any]:
         """Delete a snapshot; its space comes back in the background."""
         return self.client.call("DELETE", f"/v1/snapshots/{snapshot}")

@@ -1,4 +1,7 @@
-"""One snapshot a second for minutes on end, the oldest deleted as fast, beside a client that writes all the while."""
+"""One snapshot a second for minutes on end, the oldest deleted as fast, beside a client that writes all the while.
+
+A schedule, whose shortest period is a minute, takes and prunes its own beside them.
+"""
 
 import statistics
 import threading
@@ -17,6 +20,7 @@ from benchmarks.snapshots.tables import figure, percentile, table
 VOLUME_BYTES = 1 << 30
 PERIOD_S = 1.0
 KEPT = 30
+SCHEDULED_KEPT = 2
 WRITE_IOPS = 2_000
 DEPTH = 16
 WARM_UP_S = 2.0  # for fio to start and to connect
@@ -40,6 +44,7 @@ def report(ground: Ground) -> str:
     daemon.start()
     try:
         daemon.create("v", VOLUME_BYTES)
+        daemon.schedule("v", "minutely", SCHEDULED_KEPT)
         measure.run(FILL, daemon.served("v"), VOLUME_BYTES, FILL_RUNTIME_S)
         cell = random_cell("write", DEPTH, f"--rate_iops={WRITE_IOPS}")
         with ThreadPoolExecutor(1) as threads:
@@ -48,6 +53,7 @@ def report(ground: Ground) -> str:
             course = _course(daemon, duration_s)
             backlog = len(list(daemon.client.pages("/v1/jobs", "jobs", {"state": "running"})))
             backlog += len(list(daemon.client.pages("/v1/jobs", "jobs", {"state": "queued"})))
+            scheduled = daemon.snapshots("v") - min(KEPT, len(course.snapshot_s))
             sample = load.result()
     finally:
         daemon.stop()
@@ -58,6 +64,7 @@ def report(ground: Ground) -> str:
         ["begun more than a second late", f"{course.late:,}"],
         ["snapshot p50 / p99 / worst, ms", _milliseconds(course.snapshot_s)],
         ["deletion (of the oldest, keep 30) p50 / p99 / worst, ms", _milliseconds(course.delete_s)],
+        [f"of a schedule's snapshots (each minute, keep {SCHEDULED_KEPT}) left at the end", f"{scheduled:,}"],
         ["reclaim jobs left at the end", f"{backlog:,}"],
         [f"client's writes a second (limited to {WRITE_IOPS:,})", figure(sample.rate, 0)],
         ["client's write p99, ms", figure(sample.p99_us / 1e3)],
