@@ -1,5 +1,6 @@
-"""Linux calls that the standard library does not offer: fallocate with modes. Vocabulary: imports nothing of ours.
+"""Linux calls that the standard library does not offer: fallocate with modes, the type of a filesystem.
 
+Vocabulary: imports nothing of ours.
 ctypes releases the GIL for the time of the call. Each raises OSError with the call's errno.
 """
 
@@ -14,6 +15,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_fstatfs.restype = ctypes.c_int
+
+XFS = 0x58465342
+"""``filesystem_type`` of XFS; <linux/magic.h>."""
+_STATFS_WORDS = 32  # 120 bytes on x86-64; statfs(2): the first word is f_type
 
 
 def _call(fd: int, mode: int, offset: int, length: int) -> None:
@@ -41,3 +49,12 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def zero_range(fd: int, offset: int, length: int) -> None:
     """Make a range read as zeros and keep its space allocated."""
     _call(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
+
+
+def filesystem_type(fd: int) -> int:
+    """Return the magic number of the filesystem that an open file is on; statfs(2) lists them."""
+    answer = (ctypes.c_long * _STATFS_WORDS)()
+    if _fstatfs(fd, ctypes.byref(answer)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return answer[0]

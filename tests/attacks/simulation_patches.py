@@ -17,7 +17,7 @@ import pytest
 
 from blockvirt import syscalls
 from blockvirt.meta import store as store_module
-from blockvirt.pool import devices
+from blockvirt.pool import backing, devices
 from blockvirt.snapshots.reader import SnapshotHandle
 from blockvirt.units import GIB
 from blockvirt.volumes import engine as engine_module
@@ -78,6 +78,7 @@ def interposed(machine: Machine, journal_bytes: int) -> Iterator[None]:
         space = SimpleNamespace(f_frsize=_PAGE, f_blocks=64 * GIB // _PAGE, f_bavail=32 * GIB // _PAGE)
         patch.setattr(os, "statvfs", lambda _: space)
         patch.setattr(syscalls, "_call", machine.fallocate)
+        patch.setattr(backing, "filesystem_type", lambda _: 0)  # a seed is the same history on every filesystem
         patch.setattr(time, "time", lambda: _EPOCH_S + machine.now_s())
         patch.setattr(time, "monotonic", machine.now_s)
         patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=dice.getrandbits(128), version=4))

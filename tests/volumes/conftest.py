@@ -3,7 +3,7 @@
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +49,12 @@ class Pool:
 
 
 @contextmanager
-def mounted(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Have an ext4 on a loop device at ``folder``. For tests that require root, loop and mkfs.ext4."""
+def mounted(folder: Path, size_bytes: int, make: Sequence[str] = ("mkfs.ext4", "-q", "-m", "0")) -> Iterator[Path]:
+    """Have a filesystem on a loop device at ``folder``. For tests that require root, loop and the program ``make``."""
     image = folder.with_name(f"{folder.name}.image")
     with image.open("wb") as file:
         file.truncate(size_bytes)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run([*make, image], check=True)
     folder.mkdir()
     subprocess.run(["mount", "-o", "loop", image, folder], check=True)
     try:
