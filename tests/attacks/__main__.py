@@ -7,71 +7,80 @@ python -m tests.attacks --bugs [BUG...]                    only the planted bugs
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from tests.attacks.attack import Attack, Level, Outcome, carry_out
+from tests.attacks.attack import Attack, Level, Outcome
 from tests.attacks.catalogue import ATTACKS, load
-from tests.attacks.planted.bugs import Bug, all_bugs, planted
+from tests.attacks.planted.bugs import all_bugs
+from tests.attacks.slices import (
+    JOBS,
+    BugSlice,
+    Slice,
+    Work,
+    in_turns,
+    print_table,
+    say,
+    side_by_side,
+    sliced,
+    sliced_bugs,
+)
+from tests.conftest import CI, why_missing
 
 
 def main() -> int:
     """Do what the command line asks for."""
     options = arguments()
-    rows: list[tuple[str, ...]] = []
-    bad = 0
-    if options.bugs is None:
-        for name in options.attacks or ATTACKS:
-            attack = load(name)
-            count = options.count if options.count is not None else attack.trials[Level(options.level)]
-            outcome, took_s = timed(attack, count, options.seed)
-            rows.append(row(attack, outcome, took_s))
-            bad += len(outcome.failures)
-            for failure in outcome.failures:
-                say(f"BROKEN {name}: {failure.what}")
-                say(f"  again: python -m tests.attacks {name} --seed {failure.seed} --count 1")
-    if options.bugs is not None or not options.attacks:
-        wanted = [bug for bug in all_bugs() if not options.bugs or bug.name in options.bugs]
-        missed = [bug for bug in wanted if not caught(bug)]
-        bad += len(missed)
-        rows.append(("planted bugs", f"{len(wanted) - len(missed)} of {len(wanted)} caught", "", ""))
-    print_table(rows)
-    return 1 if bad else 0
-
-
-def timed(attack: Attack, count: int, seed: int) -> tuple[Outcome, float]:
-    """Carry out an attack; returns what it came to, and the seconds that it took."""
-    say(f"{attack.name}: {count:,} {attack.unit} from seed {seed}")
     began_s = time.monotonic()
-    outcome = carry_out(attack, count, seed, say)
-    return outcome, time.monotonic() - began_s
+    impossible = set(lacking(options.attacks or ATTACKS))
+    wanted = [load(name) for name in options.attacks or ATTACKS if name not in impossible]
+    attacks = wanted if options.bugs is None else []
+    counts = [options.count if options.count is not None else each.trials[Level(options.level)] for each in attacks]
+    queues: list[Sequence[Work]] = [
+        sliced(attack, options.seed, count) for attack, count in zip(attacks, counts, strict=True)
+    ]
+    if options.bugs is not None or not options.attacks:
+        bugs = [bug for bug in all_bugs() if bug.attack not in impossible]
+        queues.append(sliced_bugs([bug for bug in bugs if not options.bugs or bug.name in options.bugs]))
+    outcomes = {attack.name: Outcome() for attack in attacks}
+    seconds = dict.fromkeys(outcomes, 0.0)
+    planted, missed = 0, list[str]()
+    for work, done in side_by_side(in_turns(*queues), options.jobs):
+        if isinstance(work, Slice):
+            outcomes[work.attack].include(done.outcome)
+            seconds[work.attack] += done.seconds
+        else:
+            planted += len(work.bugs)
+            missed += done.missed
+    rows = [row(attack, options.seed, outcomes[attack.name], seconds[attack.name]) for attack in attacks]
+    if any(isinstance(work, BugSlice) for queue in queues for work in queue):
+        rows.append(("planted bugs", f"{planted - len(missed)} of {planted} caught", "", ", ".join(missed)))
+    print_table(rows)
+    print(f"{time.monotonic() - began_s:.0f} s in all")
+    return 1 if missed or any(outcome.failures for outcome in outcomes.values()) else 0
 
 
-def caught(bug: Bug) -> bool:
-    """Tell whether a planted bug is found by its attack."""
-    with planted(bug):
-        outcome = carry_out(load(bug.attack), bug.count, bug.seed, lambda _: None, stop_early=True, planted=bug.name)
-    say(f"{'caught' if outcome.failures else 'MISSED'} {bug.name} by {bug.attack} after {outcome.tried} trials")
-    return bool(outcome.failures)
+def lacking(names: Sequence[str]) -> Iterator[str]:
+    """Give the attacks that cannot be carried out here, and say why; raises SystemExit with CI=true."""
+    for name in names:
+        if reasons := [reason for each in load(name).requires if (reason := why_missing(each))]:
+            say(f"NOT RUN: {name}: {'; '.join(reasons)}")
+            if CI:
+                raise SystemExit("CI=true allows no attack to be left out")
+            yield name
 
 
-def row(attack: Attack, outcome: Outcome, took_s: float) -> tuple[str, ...]:
+def row(attack: Attack, seed: int, outcome: Outcome, took_s: float) -> tuple[str, ...]:
     """What the table says of an attack."""
     figures = ", ".join(f"{name}: {value:,}" for name, value in outcome.figures.items())
     return (
         attack.name,
-        f"{outcome.tried:,} {attack.unit}",
+        f"{outcome.tried:,} {attack.unit} from seed {seed}",
         f"{len(outcome.failures)} broken",
         f"{took_s:.0f} s  {figures}",
     )
-
-
-def print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print rows in columns."""
-    widths = [max(len(each[column]) for each in rows) for column in range(3)] if rows else []
-    for each in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(each, widths, strict=False)), each[3]]).rstrip())
 
 
 def arguments() -> argparse.Namespace:
@@ -84,12 +93,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the first trial (default 1)")
     parser.add_argument("--count", type=int, help="so many trials instead of the level's")
     parser.add_argument("--bugs", nargs="*", metavar="BUG", help="only planted bugs: these, or all")
+    parser.add_argument("--jobs", type=int, default=min(JOBS, os.cpu_count() or 1), help="slices at a time")
     return parser.parse_args()
-
-
-def say(line: str) -> None:
-    """Progress, to standard error: standard output is the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,13 @@ class Outcome:
         """Count something."""
         self.figures[figure] = self.figures.get(figure, 0) + more
 
+    def include(self, other: "Outcome") -> None:
+        """Count what another one counted, too."""
+        self.tried += other.tried
+        self.failures += other.failures
+        for figure, value in other.figures.items():
+            self.add(figure, value)
+
     def fail(self, seed: int, what: str) -> None:
         """Note a broken promise."""
         self.failures.append(Failure(seed, what))
@@ -82,6 +89,8 @@ class Attack:
     trials: Mapping[Level, int]
     """How many at each level."""
     run: Callable[[Budget], Outcome]
+    slices: int = 4
+    """A prove is done in so many pieces, beside those of other attacks; 1: it keeps all processors busy by itself."""
     requires: tuple[str, ...] = ()
     """Programs and capabilities, as ``@pytest.mark.requires`` knows them."""
 

@@ -201,7 +201,7 @@ ATTACK = Attack(
     name="crash_states",
     unit="crash states",
     promises=("I1", "I2", "I3", "I5", "I6", "I8"),
-    trials={Level.SAMPLE: 60, Level.PROVE: 2_000, Level.SOAK: 200_000},
+    trials={Level.SAMPLE: 60, Level.PROVE: 2_000, Level.SOAK: 20_000},
     run=run,
     requires=("root", "loop", "fuse", "qemu-storage-daemon", "mkfs.ext4", "mkfs.xfs"),
 )

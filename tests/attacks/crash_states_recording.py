@@ -11,8 +11,8 @@ from pathlib import Path
 from blockvirt.units import MIB
 from tests.attacks.crash_states_log import Recorder, recorded
 from tests.attacks.crash_states_pool import EnginePool
-from tests.attacks.power_cuts_disk import Disk, copy_sparse, make_filesystem
-from tests.attacks.power_cuts_load import End, Load, examine, random_file
+from tests.attacks.power_cuts_disk import Disk, copy_sparse, make_filesystem, random_file
+from tests.attacks.power_cuts_load import End, Load, examine
 from tests.attacks.power_cuts_model import NEVER, SECTOR_BYTES, PoolModel
 
 IMAGE_BYTES = 96 * MIB

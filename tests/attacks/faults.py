@@ -1,9 +1,9 @@
 """Attack: each system call on a pool's files fails, in every way that it can, once and from then on.
 
 One trial is one cell: a site (which call on which kind of file), its n-th call, an error or a part of the work, once or
-always. A pool is made, written, snapshotted, trimmed, checkpointed, reclaimed, killed and closed meanwhile; each answer
-is noted. What may come of it: success, a clean error, a stop. Then, with a disk that works, a fresh engine is compared
-with what was answered, and proved.
+always; or, in a soak, a pair of them. A pool is made, written, snapshotted, trimmed, checkpointed, reclaimed, killed
+and closed meanwhile; each answer is noted. What may come of it: success, a clean error, a stop. Then, with a disk that
+works, a fresh engine is compared with what was answered, and proved.
 """
 
 import asyncio
@@ -38,11 +38,21 @@ _TRIAL_S = 60
 _FEW = 200
 """Fewer trials are done in this process."""
 CELLS = all_cells()
+PAIRED = [cell for cell in CELLS if not cell.is_traced]
+ROUNDS = 10
+"""So often all cells are tried, with other ranges and endings; seeds beyond that are pairs of cells."""
 
 
 def ending_of(seed: int) -> str:
     """Return how the daemon's life ends in a trial."""
     return random.Random(seed).choice(["close", "kill", "power cut"])
+
+
+def cells_of(seed: int) -> tuple[Cell, ...]:
+    """Return what fails in a trial."""
+    if seed < ROUNDS * len(CELLS):
+        return (CELLS[seed % len(CELLS)],)
+    return tuple(random.Random(f"pair {seed}").sample(PAIRED, 2))
 
 
 def seed_of(cell: Cell, ending: str = "") -> int:
@@ -90,23 +100,23 @@ def _run_in_two(budget: Budget) -> tuple[Outcome, set[Site]]:
 def _run(budget: Budget) -> tuple[Outcome, set[Site]]:
     outcome, hit_sites = Outcome(), set[Site]()
     for seed in budget.seeds(outcome):
-        cell = CELLS[seed % len(CELLS)]
+        cells = cells_of(seed)
         root = budget.scratch / f"{seed}"
         root.mkdir()
         hits = _figure(outcome, "hit")
         try:
             with watched(_TRIAL_S):
-                if cell.is_traced:
-                    problems = traced_trial(root, cell, seed, outcome, budget.planted)
+                if cells[0].is_traced:
+                    problems = traced_trial(root, cells[0], seed, outcome, budget.planted)
                 else:
-                    problems = trial(root, cell, seed, outcome)
+                    problems = trial(root, cells, seed, outcome)
         except Hung:
             problems = [f"it did not end within {_TRIAL_S} s"]
         shutil.rmtree(root)
         for problem in problems[:1]:
-            outcome.fail(seed, f"{cell}: {problem}")
-        if _figure(outcome, "hit") > hits:
-            hit_sites.add(cell.site)
+            outcome.fail(seed, f"{' and '.join(map(str, cells))}: {problem}")
+        if _figure(outcome, "hit") > hits and len(cells) == 1:
+            hit_sites.add(cells[0].site)
         if not outcome.tried % 100:
             budget.say(f"{outcome.tried} of {budget.count} faults: {outcome.figures}")
     return outcome, hit_sites
@@ -126,12 +136,12 @@ def _figure(outcome: Outcome, name: str) -> int:
     return outcome.figures.get(name, 0)
 
 
-def trial(root: Path, cell: Cell | None, seed: int, outcome: Outcome) -> list[str]:
-    """Run one cell; returns what must not be."""
+def trial(root: Path, cells: tuple[Cell, ...], seed: int, outcome: Outcome) -> list[str]:
+    """Run with these faults; returns what must not be."""
     with quiet() as complaints, pytest.MonkeyPatch.context() as patch:
         without_pauses(patch)
         without_metadata_syncs(patch)
-        disk = FaultyDisk(root, cell)
+        disk = FaultyDisk(root, *cells)
         disk.put_in(patch)
         problems = asyncio.run(_trial(root, disk, seed, outcome))
         problems += complaints.found
@@ -165,7 +175,7 @@ async def _trial(root: Path, disk: FaultyDisk, seed: int, outcome: Outcome) -> l
                 pool,
                 scenario.expected,
                 power_was_cut=ending == "power cut",
-                may_not_leak=disk.cell is not None and disk.cell.site.call == "punch" and ending == "close",
+                may_not_leak={cell.site.call for cell in disk.cells} == {"punch"} and ending == "close",
             )
         problems += verdict.problems
         outcome.add("blocks compared", verdict.blocks)
@@ -181,7 +191,8 @@ ATTACK = Attack(
     name="faults",
     unit="faults",
     promises=("I3", "I3b", "I5", "I6", "I7"),
-    trials={Level.SAMPLE: 40, Level.PROVE: len(CELLS), Level.SOAK: 10 * len(CELLS)},
+    trials={Level.SAMPLE: 40, Level.PROVE: len(CELLS), Level.SOAK: ROUNDS * len(CELLS) + 2_000},
     run=run,
+    slices=1,
     requires=("strace",),
 )

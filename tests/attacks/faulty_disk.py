@@ -33,11 +33,11 @@ _REAL_OPEN = io.open
 
 
 class FaultyDisk:
-    """The calls on the files below one directory: counted by site, and one kind of them failing."""
+    """The calls on the files below one directory: counted by site, and some of them failing."""
 
-    def __init__(self, root: Path, cell: Cell | None = None) -> None:
+    def __init__(self, root: Path, *cells: Cell) -> None:
         self.root = str(root)
-        self.cell = cell
+        self.cells = cells
         self.counts: Counter[Site] = Counter()
         self.hits = 0
         """How many calls failed."""
@@ -137,15 +137,15 @@ class FaultyDisk:
         with self._lock:
             site = Site(kind, call)
             self.counts[site] += 1
-            if call in CHANGES and kind in ("data", "journal", "folder", "device", "label"):
+            is_change = call in CHANGES and kind in ("data", "journal", "folder", "device", "label")
+            if is_change:
                 self.counts[DISK_CHANGE] += 1
-                if self.cell is not None and self.cell.site == DISK_CHANGE:
-                    site = DISK_CHANGE
-            cell = self.cell
-            if cell is None or cell.site != site or not cell.fails(self.counts[site]):
-                return None
-            self.hits += 1
-            return cell
+            for cell in self.cells:
+                concerned = cell.site == site or (cell.site == DISK_CHANGE and is_change)
+                if concerned and cell.fails(self.counts[cell.site]):
+                    self.hits += 1
+                    return cell
+            return None
 
     def _fail(self, path: str, call: str) -> Cell | None:
         """Raise what the call gets; return a fault that is none of an error."""

@@ -89,6 +89,6 @@ ATTACK = Attack(
     name="fsx",
     unit=f"histories of {OPERATIONS:,} operations",
     promises=("I3b", "I4", "I5", "I6", "I8"),
-    trials={Level.SAMPLE: 4, Level.PROVE: 200, Level.SOAK: 2_000},
+    trials={Level.SAMPLE: 4, Level.PROVE: 200, Level.SOAK: 5_000},
     run=run,
 )

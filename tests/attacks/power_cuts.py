@@ -25,9 +25,10 @@ from tests.attacks.power_cuts_disk import (
     loop_device,
     make_filesystem,
     memory_folder,
+    random_file,
     with_own_mounts,
 )
-from tests.attacks.power_cuts_load import End, Load, examine, random_file
+from tests.attacks.power_cuts_load import End, Load, examine
 from tests.attacks.power_cuts_model import SECTOR_BYTES, PoolModel
 
 CUTS = 5  # in one history
@@ -164,7 +165,7 @@ ATTACK = Attack(
     name="power_cuts",
     unit=f"histories of {CUTS} power cuts",
     promises=("I1", "I2", "I3", "I5", "I6", "I7", "I8"),
-    trials={Level.SAMPLE: 2, Level.PROVE: 20, Level.SOAK: 2_000},
+    trials={Level.SAMPLE: 2, Level.PROVE: 20, Level.SOAK: 600},
     run=run,
     requires=("root", "loop", "mkfs.ext4", "mkfs.xfs"),
 )

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,12 @@ class Disk:
             with suppress(OSError):  # EIO: it was shut down before
                 self.shut_down()
             self.unmount()
+
+
+def random_file(folder: Path, dice: random.Random) -> Path | None:
+    """Return a journal or a backing file of a device, for the kernel to write back."""
+    files = sorted([*(folder / "journal").glob("*"), *(folder / "files").glob("*")])
+    return dice.choice(files) if files else None
 
 
 def copy_sparse(source: int, target: int) -> None:

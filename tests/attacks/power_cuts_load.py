@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from pathlib import Path
 from typing import Any, Protocol
 
 from tests.attacks.power_cuts_model import (
@@ -395,9 +394,3 @@ async def scribble(pool: Pool, model: PoolModel, found: Found, dice: random.Rand
         if problem := judge(f"{name}, written to after recovery,", await pool.read(name), expected):
             return problem
     return ""
-
-
-def random_file(folder: Path, dice: random.Random) -> Path | None:
-    """Return a journal or a backing file of a device, for the kernel to write back."""
-    files = sorted([*(folder / "journal").glob("*"), *(folder / "files").glob("*")])
-    return dice.choice(files) if files else None

@@ -5,14 +5,18 @@ adds its rows. So a soak is resumed by running it again, on another machine too,
 """
 
 import argparse
+import itertools
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tests.attacks.attack import Attack, Level, Outcome, carry_out
+from tests.attacks.attack import Attack, Level
 from tests.attacks.catalogue import ATTACKS, load
+from tests.attacks.slices import JOBS, Done, Slice, Work, print_table, side_by_side
 
 LEDGER = Path(__file__).parents[2] / "docs" / "soak-ledger.md"
 TURNS = 10  # slices of a prove's size that one attack gets before the next has its turn: a tenth of it each
@@ -69,55 +73,62 @@ def main() -> int:
     """Run one part; exit code 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part-minutes", type=float, default=55.0, help="how long this part takes (default 55)")
+    parser.add_argument("--jobs", type=int, default=min(JOBS, os.cpu_count() or 1), help="slices at a time")
     options = parser.parse_args()
+    attacks = [load(name) for name in ATTACKS]
     done = rows_in(LEDGER.read_text()) if LEDGER.exists() else []
-    mine = part([load(name) for name in ATTACKS], done, time.monotonic() + options.part_minutes * 60)
+    slices = until(time.monotonic() + options.part_minutes * 60, next_slices(attacks, done))
+    mine = rows_of(side_by_side(slices, options.jobs), time.strftime("%Y-%m-%d"), head())
     LEDGER.write_text((LEDGER.read_text() if LEDGER.exists() else HEAD) + "".join(row.line() for row in mine))
-    print("".join(row.line() for row in mine), end="")
-    for name in ATTACKS:
-        print(f"{name}: {max(0, left(done + mine, load(name))):,} trials left")
+    print_table([summary(attack, done + mine) for attack in attacks])
     return 1 if any(row.broken for row in mine) else 0
 
 
-def part(attacks: list[Attack], done: list[Row], deadline_s: float) -> list[Row]:
-    """Give each attack that is not done its slices in turns until the time is over; one row for each."""
+def until(deadline_s: float, slices: Iterator[Slice]) -> Iterator[Slice]:
+    """Give slices as long as there is time."""
+    return itertools.takewhile(lambda _: time.monotonic() < deadline_s, slices)
+
+
+def next_slices(attacks: Sequence[Attack], done: list[Row]) -> Iterator[Slice]:
+    """Give slices of what a whole soak still needs, in turns between the attacks, behind the last seeds of each."""
+    seeds = {attack.name: next_seed(done, attack.name) for attack in attacks}
+    trials = {attack.name: left(done, attack) for attack in attacks}
+    while any(count > 0 for count in trials.values()):
+        for attack in attacks:
+            count = min(trials[attack.name], max(1, attack.trials[Level.PROVE] // TURNS))
+            if count > 0:
+                yield Slice(attack.name, seeds[attack.name], count)
+                seeds[attack.name] += count
+                trials[attack.name] -= count
+
+
+def rows_of(slices: Iterable[tuple[Work, Done]], day: str, commit: str) -> list[Row]:
+    """Return a row for each attack that slices were done of."""
     rows: dict[str, Row] = {}
-    day, commit = time.strftime("%Y-%m-%d"), head()
-    while time.monotonic() < deadline_s:
-        waiting = [each for each in attacks if left(done + list(rows.values()), each) > 0]
-        if not waiting:
-            break
-        for attack in waiting:
-            known = done + list(rows.values())
-            count = min(left(known, attack), max(1, attack.trials[Level.PROVE] // TURNS))
-            began_s, seed = time.monotonic(), next_seed(known, attack.name)
-            outcome = carry_out(attack, count, seed, lambda line: print(line, file=sys.stderr, flush=True))
-            report(attack, outcome)
-            row = Row(
-                day,
-                commit,
-                attack.name,
-                seed,
-                outcome.tried,
-                len(outcome.failures),
-                round(time.monotonic() - began_s),
-                ", ".join(f"{name}: {value}" for name, value in outcome.figures.items()),
-            )
-            rows[attack.name] = merged(rows[attack.name], row) if attack.name in rows else row
-            if time.monotonic() >= deadline_s:
-                break
+    for work, done in slices:
+        assert isinstance(work, Slice)
+        outcome = done.outcome
+        figures = ", ".join(f"{name}: {value}" for name, value in outcome.figures.items())
+        broken = len(outcome.failures)
+        row = Row(day, commit, work.attack, work.seed, outcome.tried, broken, round(done.seconds), figures)
+        rows[work.attack] = merged(rows[work.attack], row) if work.attack in rows else row
     return list(rows.values())
 
 
-def report(attack: Attack, outcome: Outcome) -> None:
-    """Say what was broken, with the line that replays it."""
-    for failure in outcome.failures:
-        print(f"BROKEN {attack.name}: {failure.what}", file=sys.stderr)
-        print(f"  again: python -m tests.attacks {attack.name} --seed {failure.seed} --count 1", file=sys.stderr)
+def summary(attack: Attack, rows: list[Row]) -> tuple[str, ...]:
+    """Return what all rows of an attack come to, for the table."""
+    mine = [row for row in rows if row.attack == attack.name]
+    trials, broken, seconds = (sum(getattr(row, name) for row in mine) for name in ("trials", "broken", "seconds"))
+    return (
+        attack.name,
+        f"{trials:,} of {attack.trials[Level.SOAK]:,} {attack.unit}, up to seed {next_seed(rows, attack.name) - 1}",
+        f"{broken} broken",
+        f"{seconds:,} s",
+    )
 
 
 def merged(one: Row, other: Row) -> Row:
-    """Return two neighbouring slices as one row."""
+    """Return slices of one part as one row: together they are neighbours."""
     figures: dict[str, int] = {}
     for cell in (one.figures, other.figures):
         for figure in filter(None, cell.split(", ")):
@@ -127,7 +138,7 @@ def merged(one: Row, other: Row) -> Row:
         one.day,
         one.commit,
         one.attack,
-        one.first_seed,
+        min(one.first_seed, other.first_seed),
         one.trials + other.trials,
         one.broken + other.broken,
         one.seconds + other.seconds,

@@ -1,40 +1,51 @@
 """The long run: what its ledger says is where it goes on."""
 
 import time
-from collections.abc import Callable
+from itertools import chain
 
-from tests.attacks.attack import Attack, Budget, Level, Outcome
-from tests.attacks.soak import HEAD, Row, left, merged, next_seed, part, rows_in
+import pytest
+
+from tests.attacks.attack import Attack, Level, Outcome
+from tests.attacks.slices import Done, Slice, in_turns, side_by_side, sliced
+from tests.attacks.soak import HEAD, Row, left, merged, next_seed, next_slices, rows_in, rows_of, until
 
 TRIALS = {Level.SAMPLE: 1, Level.PROVE: 40, Level.SOAK: 10}
 
 
-def attack(name: str, seen: list[int], bad: Callable[[int], bool] = lambda _: False) -> Attack:
-    def run(budget: Budget) -> Outcome:
-        outcome = Outcome()
-        for seed in budget.seeds(outcome):
-            seen.append(seed)
-            outcome.add("kills", 2)
-            if bad(seed):
-                outcome.fail(seed, "lost")
-        return outcome
+def attack(name: str, slices: int = 4) -> Attack:
+    return Attack(name, "trials", ("I1",), TRIALS, lambda _: Outcome(), slices)
 
-    return Attack(name, "trials", ("I1",), TRIALS, run)
+
+def done(slice_: Slice, bad_seed: int = 0) -> Done:
+    outcome = Outcome(slice_.count, figures={"kills": 2 * slice_.count})
+    if bad_seed in range(slice_.seed, slice_.seed + slice_.count):
+        outcome.fail(bad_seed, "lost")
+    return Done(outcome, seconds=2.0)
 
 
 def test_parts_go_on_where_the_ledger_ends_and_no_seed_comes_twice() -> None:
-    one: list[int] = []
-    other: list[int] = []
-    attacks = [attack("one", one), attack("other", other, bad=lambda seed: seed == 7)]
-    first = part(attacks, [], deadline_s=time.monotonic())  # none is begun when the time is over
-    assert not first
-    rows = part(attacks, [], deadline_s=time.monotonic() + 3600)
-    assert one == other == list(range(1, 11))
-    assert [(row.attack, row.first_seed, row.trials, row.broken, row.figures) for row in rows] == [
+    attacks = [attack("one"), attack("other")]
+    assert not list(until(time.monotonic(), next_slices(attacks, []))), "none is begun when the time is over"
+    slices = list(until(time.monotonic() + 3600, next_slices(attacks, [])))
+    assert [each.attack for each in slices[:4]] == ["one", "other", "one", "other"], "in turns"
+    for name in ("one", "other"):
+        seeds = chain.from_iterable(range(each.seed, each.seed + each.count) for each in slices if each.attack == name)
+        assert list(seeds) == list(range(1, 11))
+    ended = [(each, done(each, bad_seed=7 if each.attack == "other" else 0)) for each in reversed(slices)]
+    rows = rows_of(ended, "2026-01-02", "abc1234")
+    assert sorted((row.attack, row.first_seed, row.trials, row.broken, row.figures) for row in rows) == [
         ("one", 1, 10, 0, "kills: 20"),
         ("other", 1, 10, 1, "kills: 20"),
     ]
-    assert not part(attacks, rows, deadline_s=time.monotonic() + 3600), "all is done"
+    assert not list(next_slices(attacks, rows)), "all is done"
+
+
+def test_a_part_that_ended_early_is_gone_on_with() -> None:
+    some = [(each, done(each)) for each in list(next_slices([attack("one")], []))[:2]]
+    rows = rows_of(some, "2026-01-02", "abc1234")
+    rest = list(next_slices([attack("one")], rows))
+    assert rest[0].seed == sum(each.count for each, _ in some) + 1
+    assert sum(each.count for each in rest) + sum(each.count for each, _ in some) == 10
 
 
 def test_a_ledger_is_read_as_it_was_written() -> None:
@@ -45,5 +56,25 @@ def test_a_ledger_is_read_as_it_was_written() -> None:
     assert rows_in(HEAD + "".join(row.line() for row in rows)) == rows
     assert next_seed(rows, "kills") == 151
     assert next_seed(rows, "faults") == 1
-    assert left(rows, attack("kills", [])) == 10 - 150
+    assert left(rows, attack("kills")) == 10 - 150
     assert merged(rows[0], rows[0]).figures == "kills: 198, replies: 2"
+
+
+def test_slices_are_all_trials_once_and_few_stay_together() -> None:
+    assert sliced(attack("one"), 5, 39) == [Slice("one", 5, 39)]
+    assert sliced(attack("one", slices=1), 1, 40) == [Slice("one", 1, 40)]
+    assert sliced(attack("one"), 5, 42) == [
+        Slice("one", 5, 10),
+        Slice("one", 15, 11),
+        Slice("one", 26, 10),
+        Slice("one", 36, 11),
+    ]
+    assert in_turns([1, 2, 3], [], [4]) == [1, 4, 2, 3]
+
+
+def test_slices_run_in_processes_of_their_own_and_their_failures_come_out() -> None:
+    work = [Slice("simulation", 1, 1), Slice("simulation", 2, 1)]
+    found = {slice_: each.outcome.tried for slice_, each in side_by_side(work, 2)}
+    assert found == dict.fromkeys(work, 1)
+    with pytest.raises(ModuleNotFoundError):
+        list(side_by_side([Slice("no_such_attack", 1, 1)], 2))
