@@ -70,7 +70,7 @@ def _is_caught(bug: Bug) -> bool:
         outcome = carry_out(load(bug.attack), bug.count, bug.seed, lambda _: None, stop_early=True, planted=bug.name)
     word = "caught" if outcome.failures else "MISSED"
     took_s = time.monotonic() - began_s
-    say(f"{word} {bug.name} by {bug.attack} after {outcome.tried + 1} trials, {took_s:.0f} s")
+    say(f"{word} {bug.name} by {bug.attack} after {outcome.tried} trials, {took_s:.0f} s")
     return bool(outcome.failures)
 
 
