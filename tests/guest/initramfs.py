@@ -1,8 +1,9 @@
-"""The guest's whole user space: busybox, ext4's tools, nbd-client, and an agent that runs what the test asks for."""
+"""The guest's whole user space: busybox, tools of filesystems, nbd-client, and an agent that runs what is asked for."""
 
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.guest.kernel import Kernel
@@ -35,13 +36,13 @@ poweroff -f
 """
 
 
-def build(kernel: Kernel, directory: Path) -> Path:
-    """Write an initramfs for this kernel into `directory`; its path."""
+def build(kernel: Kernel, directory: Path, tools: Sequence[str] = TOOLS) -> Path:
+    """Write an initramfs with these programs for this kernel into `directory`; its path."""
     tree = directory / "initramfs"
     for name in ("bin", "modules"):
         (tree / name).mkdir(parents=True)
     shutil.copy(_found("busybox"), tree / "bin" / "busybox")
-    for name in TOOLS:
+    for name in tools:
         _copy_program(_found(name), tree)
     for module in kernel.modules:
         shutil.copyfile(module, tree / "modules" / module.name)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 
 from tests.real.clients import run
 
-# What the guest loads. ext4 finds crc32c by name at mount time, which modprobe cannot know.
+# What every guest loads. ext4 finds crc32c by name at mount time, which modprobe cannot know.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4", "nbd")
+FURTHER_MODULES = ("xfs",)  # they cost a guest a second: for who asks for them
+_PICKED = (*MODULES, *FURTHER_MODULES)
+_KIND = f"{zlib.crc32(' '.join(_PICKED).encode()):08x}"  # a kernel that was kept with other modules is none for us
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +36,18 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockvirt-tests"
 
 
-def debian_kernel() -> Kernel:
-    """The kernel that linux-image-amd64 depends on, from the cache or from Debian; skips the test without either."""
-    kept = sorted(cache_directory().glob("linux-image-*"))
-    return _load(kept[-1] if kept else _fetch(cache_directory()))
+def debian_kernel(*further: str) -> Kernel:
+    """The kernel that linux-image-amd64 depends on, from the cache or from Debian; skips the test without either.
+
+    `further` are those of FURTHER_MODULES that the guest is to load.
+    """
+    kept = sorted(cache_directory().glob(f"linux-image-*.{_KIND}"))
+    return _load(kept[-1] if kept else _fetch(cache_directory()), {*MODULES, *further})
 
 
-def _load(directory: Path) -> Kernel:
-    names = (directory / "order").read_text().split()
-    return Kernel(directory / "vmlinuz", tuple(directory / name for name in names))
+def _load(directory: Path, wanted: set[str]) -> Kernel:
+    lines = [line.split() for line in (directory / "order").read_text().splitlines()]
+    return Kernel(directory / "vmlinuz", tuple(directory / name for module, name in lines if module in wanted))
 
 
 def _fetch(cache: Path) -> Path:
@@ -54,7 +61,7 @@ def _fetch(cache: Path) -> Path:
         tree, built = work / "tree", work / "built"
         run("dpkg-deb", "-x", archive, tree)
         _pick(tree, built)
-        final = cache / package
+        final = cache / f"{package}.{_KIND}"
         try:
             built.rename(final)
         except OSError:
@@ -72,17 +79,17 @@ def _package_name() -> str:
 
 
 def _pick(tree: Path, built: Path) -> None:
-    """Copy the image and the modules out of the unpacked package: 400 MB become 10."""
+    """Copy the image and the modules out of the unpacked package: 400 MB become 12."""
     (version,) = (path.name for path in (tree / "lib" / "modules").iterdir())
     run("depmod", "-b", tree, version)
     built.mkdir()
     shutil.copyfile(tree / "boot" / f"vmlinuz-{version}", built / "vmlinuz")
-    order: list[str] = []
-    for module in MODULES:
+    order: dict[str, str] = {}  # file name -> the module for whose sake it is there
+    for module in _PICKED:
         for line in run("modprobe", "-S", version, "-d", tree, "--show-depends", module).splitlines():
             verb, path = line.split()[:2]
             name = Path(path).name
             if verb == "insmod" and name not in order:
                 shutil.copyfile(path, built / name)
-                order.append(name)
-    (built / "order").write_text("\n".join(order))
+                order[name] = module
+    (built / "order").write_text("".join(f"{module} {name}\n" for name, module in order.items()))

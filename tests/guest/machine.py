@@ -18,10 +18,28 @@ COMMAND_DEADLINE_S = 60.0
 POLL_S = 0.05
 MEMORY_MIB = 384
 MAX_LINE_BYTES = 8 << 20
+RECONNECT_S = (
+    60  # QEMU tries again after 1, 2, 4, 8 and then every 16 s: a slow start costs the test more than its time
+)
 # Broken KVM is common inside VMs (it opens, then the guest hangs), so emulation unless somebody asks for kvm.
 ACCELERATOR = os.environ.get("BLOCKVIRT_TEST_ACCELERATOR", "tcg,thread=single")
 
-COMPLAINTS = ("I/O error", "EXT4-fs error", "EXT4-fs warning", "Aborting journal", "Remounting filesystem", "hung task")
+COMPLAINTS = (
+    *("I/O error", "EXT4-fs error", "EXT4-fs warning", "Aborting journal", "Remounting filesystem", "hung task"),
+    *("XFS (vda): Metadata", "XFS (vda): Corruption", "XFS (vda): Internal error", "hut down"),
+)
+
+
+def virtio_disk(socket_path: Path, export: str) -> list[str]:
+    """QEMU's arguments for an export as the guest's /dev/vda, through QEMU's own NBD client."""
+    where = {"type": "unix", "path": str(socket_path)}
+    node = {"driver": "nbd", "node-name": "volume", "server": where, "export": export, "discard": "unmap"}
+    return [
+        "-blockdev",
+        json.dumps(node | {"reconnect-delay": RECONNECT_S}),
+        "-device",
+        "virtio-blk-pci,drive=volume,id=disk",
+    ]
 
 
 class GuestFailed(AssertionError):

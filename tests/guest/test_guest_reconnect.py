@@ -1,13 +1,12 @@
 """A guest works on the volume while the daemon is killed under it, again and again, and then grows."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import Boot
-from tests.guest.machine import Guest, GuestFailed
+from tests.guest.machine import Guest, GuestFailed, virtio_disk
 from tests.real.clients import run
 from tests.real.conftest import GIB
 from tests.real.peers import LyingQemuNbd
@@ -19,9 +18,6 @@ pytestmark = pytest.mark.requires(
 
 KILLS = 5
 FILES_BETWEEN_KILLS = 10
-RECONNECT_S = (
-    60  # QEMU tries again after 1, 2, 4, 8 and then every 16 s: a slow start costs the test more than its time
-)
 
 # Fsynced files, one file overwritten in place, and files removed again (which `discard` turns into trims); what each
 # must hold is remembered in memory only once its fsync has returned.
@@ -57,18 +53,6 @@ for name in *; do
 done
 ls | wc -l
 """
-
-
-def virtio_disk(server: ServerProcess) -> list[str]:
-    """The volume as the guest's /dev/vda, through QEMU's own NBD client."""
-    where = {"type": "unix", "path": str(server.socket)}
-    node = {"driver": "nbd", "node-name": "volume", "server": where, "export": server.export, "discard": "unmap"}
-    return [
-        "-blockdev",
-        json.dumps(node | {"reconnect-delay": RECONNECT_S}),
-        "-device",
-        "virtio-blk-pci,drive=volume,id=disk",
-    ]
 
 
 def written(guest: Guest) -> int:
@@ -135,7 +119,7 @@ def grow_online(server: ServerProcess, guest: Guest, size_bytes: int) -> None:
 
 @pytest.mark.timeout(300)  # half a minute when it has a core of its own
 def test_a_guest_notices_neither_kills_nor_growth(server: ServerProcess, boot: Boot, tmp_path: Path) -> None:
-    guest = boot(*virtio_disk(server))
+    guest = boot(*virtio_disk(server.socket, server.export))
     work_through_kills(server, guest, KILLS)
     grow_online(server, guest, 2 * GIB)
     # And what the host finds in the volume is the same filesystem, sound.
@@ -149,7 +133,7 @@ def test_a_server_that_loses_fsynced_writes_is_noticed(
     control: Callable[[Callable[[], ServerProcess]], ServerProcess], boot: Boot
 ) -> None:
     server = control(LyingQemuNbd)
-    guest = boot(*virtio_disk(server))
+    guest = boot(*virtio_disk(server.socket, server.export))
     # Which of them depends on what was lost: the filesystem's own blocks, or a file's.
     lost = "still has errors|is not what was fsynced|came no further|EXT4-fs"
     with pytest.raises(AssertionError, match=lost):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import Boot
-from tests.guest.machine import Guest
-from tests.guest.test_guest_reconnect import WRITER, virtio_disk, written
+from tests.guest.machine import Guest, virtio_disk
+from tests.guest.test_guest_reconnect import WRITER, written
 from tests.real.clients import mounted, run
 from tests.real.conftest import GIB
 from tests.real.daemon import Daemon
@@ -67,7 +67,7 @@ def daemon() -> Iterator[Daemon]:
 
 @pytest.mark.timeout(300)  # a quarter of a minute when it has a core of its own
 def test_a_running_guests_snapshot_holds_what_was_fsynced(daemon: Daemon, boot: Boot, tmp_path: Path) -> None:
-    guest = boot(*virtio_disk(daemon))
+    guest = boot(*virtio_disk(daemon.socket, daemon.export))
     guest.run("mkfs.ext4 -q /dev/vda && mount -o discard /dev/vda /mnt && mkdir /run/sums && echo 0 > /run/number")
     guest.run(f"cat > /run/writer <<'END'\n{WRITER}END\nsh /run/writer 2> /run/errors &")
     expected = {}
