@@ -4,7 +4,17 @@ import importlib
 
 from tests.attacks.attack import Attack
 
-ATTACKS: tuple[str, ...] = ("fsx", "kills", "power_cuts", "crash_states", "simulation", "faults", "full", "bit_rot")
+ATTACKS: tuple[str, ...] = (
+    "fsx",
+    "kills",
+    "power_cuts",
+    "crash_states",
+    "simulation",
+    "faults",
+    "full",
+    "bit_rot",
+    "sessions",
+)
 """Each a module of this directory with its ``ATTACK``, in the order of the table."""
 
 

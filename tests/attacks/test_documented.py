@@ -29,3 +29,8 @@ def test_each_invariant_has_its_attackers_and_the_bugs_that_prove_them(invariant
     planted = [bug_named(name) for name in re.findall(r"`([\w-]+)`", bugs)]
     assert {bug.attack for bug in planted} == set(named), "every attacker named is proven by a bug"
     assert all(invariant in bug.breaks for bug in planted)
+
+
+def test_every_invariant_is_promised_by_some_attack() -> None:
+    promised = {invariant for name in ATTACKS for invariant in load(name).promises}
+    assert promised == {invariant for invariant, _, _ in ROWS}

@@ -36,7 +36,17 @@ class Bug:
     """It is caught in a few seconds: a part of `make test`; else of `python -m tests.attacks` only."""
 
 
-MODULES: tuple[str, ...] = ("fsx", "kills", "power_cuts", "crash_states", "faults", "full", "bit_rot", "simulation")
+MODULES: tuple[str, ...] = (
+    "fsx",
+    "kills",
+    "power_cuts",
+    "crash_states",
+    "faults",
+    "full",
+    "bit_rot",
+    "simulation",
+    "sessions",
+)
 """One for each attack that has planted bugs: ``tests.attacks.planted.NAME``, with its ``BUGS``."""
 
 
