@@ -15,7 +15,16 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from blockvirt.api.server import check_listen_host
 from blockvirt.errors import InvalidRequest
-from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CACHE_BYTES, MAX_TRASH_S, METADATA_RESERVE_BYTES, TRASH_S
+from blockvirt.limits import (
+    DEFAULT_CHUNK_BYTES,
+    LEAF_CACHE_BYTES,
+    MAX_TRASH_S,
+    METADATA_RESERVE_BYTES,
+    SCRUB_MIN_RATE_BYTES,
+    SCRUB_RATE_BYTES,
+    TRASH_S,
+)
+from blockvirt.snapshots.cron import check_cron
 from blockvirt.units import MIB, format_size, parse_size
 from blockvirt.unix_listener import check_unix_path
 
@@ -66,6 +75,14 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that a deleted volume can be had back, ten years at most; 0: it is gone for good at once.",
     )
+    scrub_schedule: str = Field(
+        "0 3 1 * *",
+        description="When everything on the disks is read and compared with its checksums: five fields as in "
+        "crontab(5), in UTC; empty: only when asked for. Once a month is what distributions do for RAID and ZFS.",
+    )
+    scrub_rate: Size = Field(
+        SCRUB_RATE_BYTES, ge=SCRUB_MIN_RATE_BYTES, description="Bytes per second that a scrub reads at most."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged to stderr.")
 
     @field_validator("http", "nbd")
@@ -74,6 +91,14 @@ class Settings(BaseSettings):
         if text != NOWHERE:
             check_listen_host(split_address(text)[0])
         return text
+
+    @field_validator("scrub_schedule")
+    @classmethod
+    def _is_cron(cls, text: str) -> str:
+        try:
+            return check_cron(text) if text.strip() else ""
+        except InvalidRequest as error:
+            raise ValueError(f"{error.message}; {error.correction}") from error
 
     @property
     def http_address(self) -> tuple[str, int] | None:

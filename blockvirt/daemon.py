@@ -36,6 +36,8 @@ from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.scheduled import ScheduledSnapshots
 from blockvirt.snapshots.schedules import Schedules
+from blockvirt.snapshots.scrub import Scrubbing
+from blockvirt.snapshots.scrub_schedule import ScrubSchedule
 from blockvirt.snapshots.sealing import Sealer
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.catalogue import Catalogue
@@ -107,6 +109,7 @@ class Daemon:
             readers = SnapshotReaders(engine.context)
             stack.push_async_callback(readers.close)
             flattening = Flattening(engine, readers)
+            scrubbing = Scrubbing(engine, rate_bytes=settings.scrub_rate)
             engine.registry.on_discard(readers.drop_volume)
             sessions = Sessions(engine, readers)
             catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=settings.trash_s)
@@ -141,6 +144,7 @@ class Daemon:
                 imports=imports,
                 histories=Histories(engine.context),
                 schedules=schedules,
+                scrubbing=scrubbing,
                 jobs=engine.jobs,
                 endpoints=lambda: self.endpoints,
                 not_ready=lambda: self._not_ready or engine.not_ready(),
@@ -154,6 +158,7 @@ class Daemon:
             workers.start(catalogue.trash.run(), "trash")
             workers.start(schedules.run(), "schedules")
             workers.start(Sealer(engine).run(), "sealing")
+            workers.start(ScrubSchedule(engine.store, scrubbing, settings.scrub_schedule).run(), "scrub schedule")
             self._not_ready = ""
             self._stack = stack.pop_all()
 

@@ -132,6 +132,17 @@ JOB_RETRY_S = 60.0  # a reclaim that met a broken disk is tried again: its space
 JOB_RATE_WINDOW_S = 30.0  # long enough to be steady beside guest I/O, short enough to show that a job got stuck
 JOB_ERROR_CHARS = 1_000  # of a failure's message, kept with the job
 
+# --- scrub ---------------------------------------------------------------------------------------------------------
+SCRUB_RATE_BYTES = 64 * MIB  # per second, unless configured otherwise: 5 TiB a day, half of what a hard disk can do
+SCRUB_MIN_RATE_BYTES = 1 * MIB  # per second; slower, a scrub of 1 TiB would take longer than two weeks
+SCRUB_BATCH_CHUNKS = 16  # read in one go of its thread: 1 MiB, a few ms of the disk between two looks at guests
+SCRUB_BATCH_ROWS = 512  # of the metadata in one transaction: a few ms
+SCRUB_REST_RATIO = 1  # of rest to work: it takes half of the disk's time at most, less where guests make it slow
+SCRUB_PAUSE_S = 1.0  # the longest rest in one piece: a scrub that is to stop looks up so often
+KEPT_SCRUBS = 24  # results: two years of monthly ones
+SCRUB_FINDINGS = 100  # told in detail for each: 30 KiB; of a disk that is gone, more would say no more
+METADATA_PREREAD_BYTES = 1 * GIB  # at a start, which this delays by seconds; what lies behind it the scrub reads
+
 # --- the interpreter -----------------------------------------------------------------------------------------------
 GC_NEW_OBJECTS = 20_000  # that set off a collection of cycles: some MiB of garbage at most, where there is any
 IO_THREADS = 16  # cold reads, syncs and copies; syncs of different files overlap in the kernel

@@ -9,7 +9,20 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from blockvirt import __version__
-from blockvirt.api import changes, hosts, jobs, models, pool, schedules, sessions, snapshots, streams, trash, volumes
+from blockvirt.api import (
+    changes,
+    hosts,
+    jobs,
+    models,
+    pool,
+    schedules,
+    scrubs,
+    sessions,
+    snapshots,
+    streams,
+    trash,
+    volumes,
+)
 from blockvirt.api.guards import check_origin
 from blockvirt.api.openapi import document
 from blockvirt.api.operations import Call, Operation, Reply, arguments_of, expected_revision
@@ -23,7 +36,7 @@ __all__ = ["Services", "build"]
 
 OPERATIONS: tuple[Operation, ...] = tuple(
     operation
-    for room in (volumes, snapshots, changes, schedules, trash, jobs, hosts, pool, sessions)
+    for room in (volumes, snapshots, changes, schedules, trash, jobs, scrubs, hosts, pool, sessions)
     for operation in room.operations.all
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -31,7 +31,7 @@ class Job(Answer):
     """Something that takes time, and goes on after a restart."""
 
     id: str
-    kind: str = Field(description="'flatten', 'reclaim' or 'purge'.")
+    kind: str = Field(description="'flatten', 'reclaim', 'purge' or 'scrub'.")
     state: Literal["queued", "running", "paused", "done", "failed", "cancelled"]
     subject: str = Field(description="What it works on: the name of a volume or a snapshot.")
     volume_id: str | None = None

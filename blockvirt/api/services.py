@@ -14,6 +14,7 @@ from blockvirt.snapshots.histories import Histories
 from blockvirt.snapshots.importing import SnapshotImports
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.schedules import Schedules
+from blockvirt.snapshots.scrub import Scrubbing
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.jobs import JobBoard
 from blockvirt.volumes.ports import DeviceAdmin, Endpoints, PoolSpace, SessionControl
@@ -38,6 +39,7 @@ class Services:
     imports: SnapshotImports
     histories: Histories
     schedules: Schedules
+    scrubbing: Scrubbing
     jobs: JobBoard
     endpoints: Callable[[], Endpoints]
     """Where the daemon listens; asked on each request, because ports are known late."""

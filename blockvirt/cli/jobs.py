@@ -35,12 +35,12 @@ STATES = ("queued", "running", "paused", "done", "failed", "cancelled")
 
 @click.group("job")
 def job_group() -> None:
-    """Look after jobs: flattening, purging, giving space back."""
+    """Look after jobs: flattening, purging, giving space back, scrubbing."""
 
 
 @job_group.command("list")
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
-@click.option("--kind", help="Only those of a kind: flatten, reclaim, purge.")
+@click.option("--kind", help="Only those of a kind: flatten, reclaim, purge, scrub.")
 @click.option("--volume", help="Only those of one volume.")
 @output_option
 @pass_context

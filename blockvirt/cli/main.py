@@ -59,6 +59,12 @@ def _job() -> click.Command:
     return job_group
 
 
+def _scrub() -> click.Command:
+    from blockvirt.cli.scrub import scrub_group
+
+    return scrub_group
+
+
 def _trash() -> click.Command:
     from blockvirt.cli.trash import trash_group
 
@@ -143,6 +149,7 @@ COMMANDS = Commands(
         "group": _group,
         "schedule": _schedule,
         "job": _job,
+        "scrub": _scrub,
         "trash": _trash,
         "host": _host,
         "lun": _lun,

@@ -10,6 +10,7 @@ import click
 from blockvirt.cli.client import EXIT_FAILED
 from blockvirt.cli.context import Context, pass_context
 from blockvirt.cli.output import Column, output_option, show_one, show_rows, size_for_people
+from blockvirt.cli.scrub import damage_in_words
 
 if TYPE_CHECKING:
     from blockvirt.volumes.ports import Endpoints
@@ -31,6 +32,8 @@ STATUS = (
     Column("SESSIONS", "sessions", "number"),
     Column("PROBLEMS", "problems"),
 )
+
+_DAMAGE_TOLD = 5  # pieces of it in a status: one disk that fails may bring thousands
 
 
 @click.command("serve")
@@ -170,6 +173,10 @@ def status(context: Context, output: str) -> int:
         for volume in context.client.pages("/v1/volumes", "volumes")
         if volume["state"] in ("stopped", "damaged")
     ]
+    standing = context.client.call("GET", "/v1/scrubs")["standing"]
+    problems += [f"damaged: {damage_in_words(each)}" for each in standing[:_DAMAGE_TOLD]]
+    if len(standing) > _DAMAGE_TOLD:
+        problems.append(f"{len(standing) - _DAMAGE_TOLD} more pieces of damage: 'blockvirt scrub status' names them")
     if pool["level"] != "ok":
         problems.append(f"the pool is at level '{pool['level']}': add a device, delete or trim volumes")
     pool |= {

@@ -14,6 +14,7 @@ import lmdb.verify
 
 from blockvirt.errors import MetadataFault
 from blockvirt.meta.page_order import page_order_problems
+from blockvirt.meta.preread import read_ahead
 
 DATA_FILE = "data.mdb"
 _MAGIC = 0xBEEFC0DE
@@ -55,7 +56,7 @@ def read_facts(data_file: Path) -> DataFileFacts:
 
 
 def check_openable(data_file: Path) -> DataFileFacts:
-    """Return the facts of ``data_file`` if mapping it cannot fault; raises MetadataFault if it was truncated.
+    """Return the facts of ``data_file`` if mapping it cannot fault; raises MetadataFault if it is cut or unreadable.
 
     A free page at the very end need not be in the file. So a short file is walked page by page, without mapping it,
     before it is called damaged.
@@ -63,6 +64,7 @@ def check_openable(data_file: Path) -> DataFileFacts:
     facts = read_facts(data_file)
     size_bytes = data_file.stat().st_size
     if size_bytes >= facts.used_bytes:
+        read_ahead(data_file, facts.used_bytes)
         return facts
     problems = structural_problems(data_file)
     if problems:

@@ -38,6 +38,7 @@ class Table(Enum):
     JOBS = b"jobs"  # job id -> JobRecord
     SCHEDULES = b"schedules"  # schedule id -> ScheduleRecord
     SCHEDULE_NAMES = b"schedule-names"  # name -> schedule id
+    SCRUBS = b"scrubs"  # job id -> ScrubRecord
     TRASH = b"trash"  # volume id -> when it is purged
 
 

@@ -196,7 +196,7 @@ class JobRecord:
 
     id: str
     kind: str
-    """'flatten', 'reclaim' or 'purge'."""
+    """'flatten', 'reclaim', 'purge' or 'scrub'."""
     state: str
     """'queued', 'running', 'paused', 'done', 'failed' or 'cancelled'."""
     subject: str
@@ -240,6 +240,71 @@ class ScheduleRecord:
     """Runs that did not take place because the daemon was down, or a volume could not be snapshotted."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScrubFinding:
+    """One piece of damage that a scrub found; a part of its record."""
+
+    kind: str
+    """'chunk', 'file' (a whole backing file), 'record' (a row of the metadata) or 'metadata' (its file)."""
+    problem: str
+    """What is wrong, in words."""
+    concerns: tuple[str, ...] = ()
+    """Volumes, and snapshots as VOLUME@SNAPSHOT, that see it; only the first few."""
+    path: str = ""
+    """The backing file, or that of the metadata."""
+    offset_bytes: int = 0
+    """Where in that file."""
+    length_bytes: int = 0
+    """How much of it; 0: all of the file, or a row."""
+    volume_offset_bytes: int = 0
+    """Of a chunk: where in the volumes that see it."""
+    address: int = 0
+    """Of a chunk: its address; of a file: its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubRecord:
+    """A scrub: what it is to read, how far it has come, and what it found. The job of the same id does it."""
+
+    id: str
+    created_s: float
+    volumes: tuple[str, ...] = ()
+    """Ids of the volumes that it is about, in order; empty: everything."""
+    names: tuple[str, ...] = ()
+    """What they were called at the beginning."""
+    rate_bytes: int = 0
+    """Bytes per second that it may read; 0: as configured."""
+    scheduled_for_s: float = 0.0
+    """The scheduled run that it does; 0: somebody asked for it."""
+    begun_s: float = 0.0
+    ended_s: float = 0.0
+    """When it was through with everything; 0: it was not yet, or never will be."""
+    cursor: str = ""
+    """Where to go on: a step, a colon, a key in hexadecimal digits; empty: from the beginning."""
+    read_bytes: int = 0
+    """Of the metadata's file and of chunks."""
+    records: int = 0
+    """Rows of the metadata that were decoded."""
+    chunks: int = 0
+    """Sealed chunks that were compared with their checksums."""
+    unread_chunks: int = 0
+    """Sealed chunks that could not be looked at: their device is away."""
+    damaged: int = 0
+    """How much damage was found."""
+    findings: tuple[ScrubFinding, ...] = ()
+    """What was found, in detail; only the first ones."""
+
+    def __post_init__(self) -> None:
+        """Make findings of what JSON has for them."""
+        if any(isinstance(each, dict) for each in self.findings):
+            made = tuple(_finding(each) for each in self.findings)
+            object.__setattr__(self, "findings", made)
+
+
+def _finding(stored: Any) -> ScrubFinding:
+    return ScrubFinding(**(stored | {"concerns": tuple(stored["concerns"])}))
+
+
 Record = (
     PoolRecord
     | DeviceRecord
@@ -252,6 +317,7 @@ Record = (
     | SnapshotRecord
     | JobRecord
     | ScheduleRecord
+    | ScrubRecord
 )
 R = TypeVar("R", bound=Record)
 

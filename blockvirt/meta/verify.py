@@ -51,4 +51,5 @@ def verify_records(reader: Reader, decode_leaf: DecodeLeaf) -> Iterator[Finding]
     yield from catalogue.check_units(rows)
     yield from catalogue.check_schedules(rows)
     yield from catalogue.check_jobs(rows)
+    yield from catalogue.check_scrubs(rows)
     yield from catalogue.check_idempotency(rows)

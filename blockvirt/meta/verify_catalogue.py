@@ -13,6 +13,7 @@ from blockvirt.meta.records import (
     JobRecord,
     PoolRecord,
     ScheduleRecord,
+    ScrubRecord,
     UnitRecord,
     VolumeRecord,
 )
@@ -176,6 +177,14 @@ def check_jobs(rows: Rows) -> Iterator[Finding]:
     for volume in rows.volumes.values():
         if volume.deleting and volume.id not in purged and whole:
             yield leak("orphan-deletion", f"volume {volume.name}", "it is being deleted, and no job does it")
+
+
+def check_scrubs(rows: Rows) -> Iterator[Finding]:
+    """Prove the scrubs' records. The job of one may be forgotten."""
+    for key, record, findings in rows.records(ScrubRecord, Table.SCRUBS):
+        yield from findings
+        if record is not None and record.id.encode() != key:
+            yield corrupt("wrong-key", f"scrub {record.id}", f"it lies under the key {shown(key)}")
 
 
 def is_unfinished_purge(job: JobRecord) -> bool:

@@ -203,13 +203,13 @@ class BackingFile:
         """Make the content durable. A failure is never retried: the kernel may have dropped the pages (I7)."""
         os.fdatasync(self.fd)
 
-    def forget_cached(self) -> None:
-        """Have what is read from now on come from the disk; everything that can be written must be synced.
+    def forget_cached(self, position: int = 0, length: int = 0) -> None:
+        """Have what is read from now on of a range come from the disk, as far as it is synced; length 0: to the end.
 
         After a failed write-back the kernel keeps the pages as clean ones: they would be read, and no sync would ever
         write them.
         """
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the descriptor; never raises. Whoever wrote must have synced before: what counts is durable by then."""

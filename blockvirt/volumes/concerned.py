@@ -25,6 +25,12 @@ def told(names: Iterator[str]) -> str:
     return f"; concerns {', '.join(listed[:NAMES])}{more}"
 
 
+def first_names(names: Iterator[str]) -> tuple[str, ...]:
+    """Return the first few of those whom damage concerns, and a last one, 'and others', where there are more."""
+    listed = tuple(islice(names, NAMES + 1))
+    return (*listed[:NAMES], "and others") if len(listed) > NAMES else listed
+
+
 def users(reader: Reader, branch: int) -> Iterator[str]:
     """Yield everything that may see what is in a branch: its volume, its snapshots, and what comes from it."""
     return _seeing(reader, branch, None, 0, 0, 0)

@@ -17,7 +17,7 @@ class Job:
 
     id: str
     kind: str
-    """'flatten', 'reclaim' or 'purge'."""
+    """'flatten', 'reclaim', 'purge' or 'scrub'."""
     state: str
     """'queued', 'running', 'paused', 'done', 'failed' or 'cancelled'."""
     subject: str

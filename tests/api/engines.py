@@ -18,6 +18,7 @@ from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.snapshots.revert import Reverts
 from blockvirt.snapshots.scheduled import ScheduledSnapshots
 from blockvirt.snapshots.schedules import Schedules
+from blockvirt.snapshots.scrub import Clocks, Scrubbing
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings, volume_context
 from blockvirt.volumes.io_threads import IoThreads
@@ -49,5 +50,6 @@ def snapshot_services(
         "imports": SnapshotImports(engine, catalogue, clock=clock),
         "histories": Histories(engine.context),
         "schedules": Schedules(engine.store, clock, ScheduledSnapshots(engine.store, snapshots)),
+        "scrubbing": Scrubbing(engine, clocks=Clocks(time_s=clock)),
         "jobs": engine.jobs,
     }
