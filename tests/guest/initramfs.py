@@ -12,7 +12,8 @@ from tests.real.clients import run
 TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "nbd-client")
 
 # The agent reads "ID BASE64-OF-A-SCRIPT" lines from the second serial port and answers "ID STATUS BASE64-OF-OUTPUT".
-# Everything it needs is in memory: it goes on answering while the disk's server is down.
+# Everything it needs is in memory: it goes on answering while the disk's server is down. It is not the first process:
+# that one hears of the end of whatever a script left running, and busybox's `read` forgets half a line at any signal.
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mkdir -p /proc /sys /dev /run /mnt /tmp
@@ -26,12 +27,14 @@ done
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo "0 0 " >&3
-while read -r id script <&3; do
-    echo "$script" | base64 -d > /run/script
-    sh /run/script > /run/output 2>&1 < /dev/null 3>&-
-    status=$?
-    echo "$id $status $(base64 -w 0 < /run/output)" >&3
-done
+(
+    while read -r id script <&3; do
+        echo "$script" | base64 -d > /run/script
+        sh /run/script > /run/output 2>&1 < /dev/null 3>&-
+        status=$?
+        echo "$id $status $(base64 -w 0 < /run/output)" >&3
+    done
+)
 poweroff -f
 """
 
