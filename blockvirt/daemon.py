@@ -148,7 +148,7 @@ class Daemon:
                 jobs=engine.jobs,
                 endpoints=lambda: self.endpoints,
                 not_ready=lambda: self._not_ready or engine.not_ready(),
-                metrics=Metrics(engine, catalogue, server).take,
+                metrics=Metrics(engine, catalogue, server, scrubs=scrubbing.counters).take,
             )
             await self._listen(services, server, stack)
             workers = TaskSet("daemon")

@@ -31,6 +31,8 @@ from blockvirt.meta.keys import Table
 from blockvirt.meta.store import StoreStats
 from blockvirt.nbd.constants import COMMAND_NAMES
 from blockvirt.nbd.stats import LATENCY_BOUNDS_S, ServerStats, Traffic
+from blockvirt.snapshots.scrub_records import results, standing
+from blockvirt.snapshots.scrub_run import ScrubCounters
 from blockvirt.snapshots.space_figures import SpaceFigures, SpaceOfVolumes, newest_snapshot_s, trashed_chunks
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine
@@ -77,6 +79,7 @@ class Figures:
     store: StoreStats
     jobs: Mapping[tuple[str, str], int]
     """By (kind, state)."""
+    scrubs: ScrubCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class StoredFigures:
     trash_chunks: int = 0
     space: Mapping[str, SpaceFigures] = field(default_factory=dict)
     newest_snapshot_s: Mapping[str, float] = field(default_factory=dict)
+    last_scrub_s: float = 0.0
+    standing_damage: int = 0
 
 
 class Metrics:
@@ -98,9 +103,11 @@ class Metrics:
         catalogue: Catalogue,
         server: NbdCounters,
         *,
+        scrubs: ScrubCounters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Read from a running pool and the server in front of it. ``clock`` measures what figures cost."""
+        """Read from a running pool, the server in front of it, and its scrubs. ``clock`` measures what figures cost."""
+        self._scrubs = scrubs or ScrubCounters()
         self._engine = engine
         self._catalogue = catalogue
         self._server = server
@@ -124,6 +131,7 @@ class Metrics:
                 nbd=nbd,
                 store=self._engine.store.stats(),
                 jobs=self._engine.jobs.counts(),
+                scrubs=replace(self._scrubs),
             )
         except MetadataFault:
             if self._last is None:
@@ -150,7 +158,8 @@ class Metrics:
                     newest_s[volume.id] = newest_snapshot_s(reader, volume.id)
                 except DamagedRecord as error:
                     log.error("when volume %s was snapshotted cannot be told: %s", volume.name, error)
-            return StoredFigures(*trashed_chunks(reader), space, newest_s)
+            last_scrub_s = max((record.ended_s for record in results(reader)), default=0.0)
+            return StoredFigures(*trashed_chunks(reader), space, newest_s, last_scrub_s, len(standing(reader)))
 
 
 def _figures_of(opened: OpenVolume) -> VolumeFigures:
@@ -189,6 +198,7 @@ class _Figures(Collector):
         yield from _volumes(self._figures.open_volumes)
         yield from _snapshots(self._figures, self._stored, self._chunk_bytes)
         yield from _background(self._figures)
+        yield from _scrubs(self._figures.scrubs, self._stored)
         yield from _nbd(self._figures.nbd)
         yield from _store(self._figures.store)
 
@@ -284,6 +294,20 @@ def _background(figures: Figures) -> Iterator[Metric]:
     ):
         rows = figures.store.entries[table.value.decode()]
         yield GaugeMetricFamily(f"blockvirt_{name}_backlog_rows", meaning, rows)
+
+
+def _scrubs(counters: ScrubCounters, stored: StoredFigures) -> Iterator[Metric]:
+    for name, value, meaning in (
+        ("bytes", counters.read_bytes, "Read by scrubs."),
+        ("chunks", counters.chunks, "Sealed chunks that scrubs compared with their checksums."),
+        ("damaged", counters.damaged, "Pieces of damage that scrubs found."),
+    ):
+        yield CounterMetricFamily(f"blockvirt_scrub_{name}", meaning, value)
+    for name, number, meaning in (
+        ("last_end_timestamp_seconds", stored.last_scrub_s, "When a scrub last came to its end; 0: never."),
+        ("standing_damage", stored.standing_damage, "Pieces of damage that the last scrubs found and nothing removed."),
+    ):
+        yield GaugeMetricFamily(f"blockvirt_scrub_{name}", meaning, number)
 
 
 def _nbd(nbd: ServerStats) -> Iterator[Metric]:

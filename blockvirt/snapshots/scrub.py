@@ -70,11 +70,6 @@ class Scrubbing:
         with self._store.read() as reader:
             return Results(tuple(results(reader)), tuple(standing(reader)))
 
-    def last_end_s(self) -> float:
-        """Return when the last scrub came to its end, in seconds since 1970; 0: none of those that are known."""
-        with self._store.read() as reader:
-            return max((record.ended_s for record in results(reader)), default=0.0)
-
     async def work(self, job: Running) -> None:
         """Do a scrub job. Raises Moot where its volumes are gone, NotFound where its record is, MetadataFault."""
         with self._store.read() as reader:

@@ -73,6 +73,8 @@ class ScrubRun:
     _threads: IoThreads = field(default_factory=lambda: IoThreads(1))  # its own: the others are for guests
     _missing: set[int] = field(default_factory=set)
     """Backing files that are not there."""
+    _is_urgent: bool = False
+    """There is damage that is not durable yet."""
     _total_bytes: int = 0
     _saved_s: float = 0.0
 
@@ -81,6 +83,7 @@ class ScrubRun:
         self._saved_s = self.clocks.monotonic_s()
         try:
             step, key = self._place()
+            self._missing |= {each.address for each in self.record.findings if each.kind == "file"}
             if not self.record.begun_s:
                 self.record = replace(self.record, begun_s=self.clocks.time_s())
             await self._weigh(step, key)
@@ -123,12 +126,12 @@ class ScrubRun:
         return self.record.read_bytes + (self.record.unread_chunks << self.context.chunk_shift)
 
     async def _advance(self, step: str, key: bytes) -> None:
-        """Note that everything before (step, key) is done."""
+        """Note that everything before (step, key) is done, with what was found there; damage at once durably."""
         self.record = replace(self.record, cursor=f"{step}:{key.hex()}")
         done = self._done_bytes()
         now_s = self.clocks.monotonic_s()
-        if now_s - self._saved_s >= JOB_PROGRESS_S:
-            self._saved_s = now_s
+        if self._is_urgent or now_s - self._saved_s >= JOB_PROGRESS_S:
+            self._is_urgent, self._saved_s = False, now_s
             await self._save()
         await self.job.advance(done, max(done, self._total_bytes), 0)
 
@@ -168,16 +171,14 @@ class ScrubRun:
             unread_chunks=self.record.unread_chunks + unread,
         )
 
-    async def _found(self, findings: Iterable[ScrubFinding]) -> None:
+    def _found(self, findings: Iterable[ScrubFinding]) -> None:
         new = tuple(findings)
-        if not new:
-            return
         for each in new:
             log.error("damaged: %s", in_words(each))
         self.counters.damaged += len(new)
         kept = (*self.record.findings, *new)[:SCRUB_FINDINGS]
         self.record = replace(self.record, findings=kept, damaged=self.record.damaged + len(new))
-        await self._save()
+        self._is_urgent |= bool(new)
 
     # --- the metadata ------------------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class ScrubRun:
                 lost = await self._threads.run(partial(_piece, file, at))
                 is_safe &= all(each.is_cached for each in lost)
                 self._count(read_bytes=min(PIECE_BYTES, left_bytes))
-                await self._found(_unreadable(str(path), lost))
+                self._found(_unreadable(str(path), lost))
                 at += PIECE_BYTES
                 await self._advance(_FILE, at.to_bytes(8, "big"))
                 await self._rest(began_s, min(PIECE_BYTES, left_bytes))
@@ -213,10 +214,9 @@ class ScrubRun:
             began_s = self.clocks.monotonic_s()
             start, rows, findings = await self._threads.run(partial(self._walk, _TABLES[step], start))
             self._count(records=rows)
-            await self._found(findings)
-            if start is not None:
-                await self._advance(step, start)
-                await self._rest(began_s, 0)
+            self._found(findings)
+            await self._advance(*((step, start) if start is not None else (_STEPS[_STEPS.index(step) + 1], b"")))
+            await self._rest(began_s, 0)
 
     def _walk(self, table: Table, start: bytes) -> tuple[bytes | None, int, list[ScrubFinding]]:
         """Look at some rows; returns where to go on, how many they were, and which are damaged. Blocks."""
@@ -252,7 +252,7 @@ class ScrubRun:
             reading = await self._threads.run(partial(self.proof.read, group.file, batch))
             if reading.differing:
                 judge = partial(self.proof.damaged, group.file, batch, reading.differing)
-                await self._found(await self._threads.run(judge))
+                self._found(await self._threads.run(judge))
             if reading.missing:
                 await self._found_missing(group.file, reading.missing)
             is_read = not (reading.missing or reading.away)
@@ -269,7 +269,7 @@ class ScrubRun:
         """Name a backing file that is not there, once for all its chunks."""
         if number not in self._missing:
             self._missing.add(number)
-            await self._found(await self._threads.run(partial(self.proof.missing_file, number, problem)))
+            self._found(await self._threads.run(partial(self.proof.missing_file, number, problem)))
 
 
 def _piece(file: ThroughFile, at: int) -> list[Unreadable]:

@@ -91,7 +91,6 @@ async def test_a_clean_pool_is_read_whole_and_nothing_is_found(ground: Ground) -
     assert found.records > 15
     assert found.ended_s >= found.begun_s >= found.created_s > 0
     assert ground.scrubbing.counters.chunks == found.chunks
-    assert ground.scrubbing.last_end_s() == found.ended_s
 
 
 async def test_damage_is_named_with_whom_it_concerns(ground: Ground) -> None:
