@@ -14,6 +14,7 @@ ATTACKS: tuple[str, ...] = (
     "full",
     "bit_rot",
     "sessions",
+    "guests",
 )
 """Each a module of this directory with its ``ATTACK``, in the order of the table."""
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +143,17 @@ class Pool:
 class Daemon:
     """One run of the daemon on a pool; killed at the end where it still runs."""
 
-    def __init__(self, server: ForkServer, pool: Pool, shot: Shot = Shot(), *, armed: bool, is_apart: bool) -> None:
-        """``armed``: calls or lines count from the first on; else from ``arm``."""
+    def __init__(
+        self,
+        server: ForkServer,
+        pool: Pool,
+        shot: Shot = Shot(),
+        *,
+        armed: bool,
+        is_apart: bool,
+        settings: Mapping[str, str] = SETTINGS,
+    ) -> None:
+        """``armed``: calls or lines count from the first on; else from ``arm``. ``settings``: its environment."""
         self.api = Api(pool.state / "http.sock")
         self.watch: CallWatch | None = None
         self._pool = pool
@@ -162,7 +171,11 @@ class Daemon:
         self._control[:] = CONTROL.pack(int(armed), shot.target, 0).ljust(CONTROL_BYTES, b"\0")
         wanted = {
             "arguments": ["-s", str(pool.state), "serve", "--http", "none", "--nbd", "none"],
-            "environment": SETTINGS | {"NOTIFY_SOCKET": str(address), "BLOCKVIRT_DEVICES": f'["{pool.root}/disk1"]'},
+            "environment": {
+                **settings,
+                "NOTIFY_SOCKET": str(address),
+                "BLOCKVIRT_DEVICES": f'["{pool.root}/disk1"]',
+            },
             "log": str(pool.log),
             "mode": shot.mode,
             "control": str(pool.control),
