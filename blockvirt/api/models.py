@@ -157,6 +157,19 @@ class VolumeDeletion(Answer):
     job_id: str | None = Field(None, description="The job that takes it apart; missing: it is in the trash.")
 
 
+class VolumesNamed(Request):
+    """Volumes that something is asked about."""
+
+    volumes: list[str] = Field(min_length=1, description="Names or ids.")
+
+
+class VolumesSpace(Answer):
+    """What volumes hold together."""
+
+    volumes: list[str] = Field(description="Their names.")
+    freed_bytes: int = Field(description="What comes back when all of them are gone for good, with their snapshots.")
+
+
 class TrashedVolume(Answer):
     """A volume in the trash: its name is free, its bytes stay promised."""
 

@@ -189,6 +189,14 @@ async def delete_volume(call: Call, volume: str, query: models.VolumeDeleteQuery
     )
 
 
+@operations.add("POST", "/v1/volumes/space", {200: models.VolumesSpace}, errors=(404,))
+async def space_of_volumes(call: Call, body: models.VolumesNamed) -> Reply:
+    """Say what deleting volumes together would free; a clone and its origin hold more together than each alone."""
+    found = [call.services.catalogue.get(volume) for volume in body.volumes]
+    freed_bytes = await call.services.histories.freed_bytes([each.id for each in found])
+    return Reply(models.VolumesSpace(volumes=[each.name for each in found], freed_bytes=freed_bytes))
+
+
 @operations.add("POST", "/v1/volumes/{volume}/reopen", {200: models.Volume}, errors=(404, 409))
 async def reopen_volume(call: Call, volume: str) -> Reply:
     """Bring a volume that has stopped back as after a power cut.

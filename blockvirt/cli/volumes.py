@@ -8,7 +8,7 @@ import click
 from blockvirt.cli.client import segment
 from blockvirt.cli.context import Context, parse_labels, pass_context, size_given
 from blockvirt.cli.job_progress import wait_for
-from blockvirt.cli.output import Column, output_option, show_rows, to_the_second
+from blockvirt.cli.output import Column, output_option, show_rows, size_for_people, to_the_second
 from blockvirt.cli.volume_view import show_volume
 from blockvirt.errors import BlockvirtError
 
@@ -172,7 +172,7 @@ def delete(
             break
     if wait:
         _wait(context, gone, refusal)
-    _show_gone(gone, output)
+    _show_gone(gone, output, _together(context, gone) if dry_run and len(gone) > 1 else ())
     if refusal is not None:
         if output != "json" and not dry_run:
             click.echo(f"not deleted: {', '.join(volumes[len(gone) :])}", err=True)
@@ -189,7 +189,14 @@ def _wait(context: Context, gone: Sequence[dict[str, Any]], refusal: BlockvirtEr
         click.echo("; ".join(part for part in (error.message, error.cause, error.correction) if part), err=True)
 
 
-def _show_gone(gone: Sequence[dict[str, Any]], output: str) -> None:
+def _together(context: Context, gone: Sequence[dict[str, Any]]) -> Sequence[str]:
+    """Return what to say below a list of volumes that may share chunks: the sum of the lines would be too little."""
+    body = {"volumes": [each["volume"]["id"] for each in gone]}
+    freed_bytes = context.client.call("POST", "/v1/volumes/space", body)["freed_bytes"]
+    return [f"together they would free {size_for_people(freed_bytes)}"]
+
+
+def _show_gone(gone: Sequence[dict[str, Any]], output: str, footer: Sequence[str] = ()) -> None:
     rows = [
         each
         | {
@@ -199,7 +206,7 @@ def _show_gone(gone: Sequence[dict[str, Any]], output: str) -> None:
         }
         for each in gone
     ]
-    show_rows(gone if output == "json" else rows, DELETED, output)
+    show_rows(gone if output == "json" else rows, DELETED, output, footer=footer)
     for each in gone:
         if each["deleted"] and each.get("purge_at"):
             click.echo(_in_the_trash(each["volume"], each["purge_at"]), err=True)

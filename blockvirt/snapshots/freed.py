@@ -1,4 +1,4 @@
-"""What becomes free when a volume goes, or all of its snapshots do: exact, as of the last checkpoint.
+"""What becomes free when volumes go, or all snapshots of one do: exact, as of the last checkpoint.
 
 What goes is followed through the branches: one that nothing keeps any more lets go of its origin, and of what it pins.
 """
@@ -20,12 +20,17 @@ def freed_with_volume(reader: Reader, volume_id: str) -> int:
     What its clones see stays. Cost: where nothing of a branch stays, its files are counted; otherwise what changed
     between the points that go.
     """
-    return _freed(reader, volume_id, heads=True)
+    return _freed(reader, [volume_id], heads=True)
+
+
+def freed_with_volumes(reader: Reader, volume_ids: Sequence[str]) -> int:
+    """As ``freed_with_volume``, when all of these go: what a clone keeps of another one of them goes too."""
+    return _freed(reader, volume_ids, heads=True)
 
 
 def freed_with_snapshots(reader: Reader, volume_id: str) -> int:
     """Return how many chunks become free when all snapshots of a volume go, and it stays; raises DamagedRecord."""
-    return _freed(reader, volume_id, heads=False)
+    return _freed(reader, [volume_id], heads=False)
 
 
 def freed_by(reader: Reader, snapshots: Sequence[SnapshotRecord]) -> int:
@@ -53,10 +58,13 @@ def branches_judged(reader: Reader, snapshots: Sequence[SnapshotRecord]) -> set[
     return judged
 
 
-def _freed(reader: Reader, volume_id: str, *, heads: bool) -> int:
-    own = set(branches_of(reader, volume_id))
-    names = reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
-    return _follow(reader, {snapshot_id.decode() for _, snapshot_id in names}, own, heads=own if heads else set())
+def _freed(reader: Reader, volume_ids: Sequence[str], *, heads: bool) -> int:
+    own, snapshots = set[int](), set[str]()
+    for volume_id in volume_ids:
+        own.update(branches_of(reader, volume_id))
+        names = reader.scan(Table.SNAPSHOT_NAMES, prefix=f"{volume_id}/".encode())
+        snapshots.update(snapshot_id.decode() for _, snapshot_id in names)
+    return _follow(reader, snapshots, own, heads=own if heads else set())
 
 
 def _follow(reader: Reader, snapshots: Set[str], branches: Set[int], *, heads: Set[int]) -> int:

@@ -8,7 +8,7 @@ from blockvirt.errors import BlockvirtError, DamagedRecord
 from blockvirt.meta.keys import Table, number_key, pair_key, split_point
 from blockvirt.meta.records import BranchRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
-from blockvirt.snapshots.freed import freed_with_snapshots, freed_with_volume
+from blockvirt.snapshots.freed import freed_with_snapshots, freed_with_volume, freed_with_volumes
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.versions import branch_record
 
@@ -59,6 +59,14 @@ class Histories:
         Cost: what changed between the points of its branches, not its size.
         """
         return await self._context.threads.run(partial(self._holdings, volume_id))
+
+    async def freed_bytes(self, volume_ids: Sequence[str]) -> int:
+        """Return what comes back when all of these volumes go for good, with their snapshots; raises DamagedRecord."""
+        return await self._context.threads.run(partial(self._freed_bytes, volume_ids))
+
+    def _freed_bytes(self, volume_ids: Sequence[str]) -> int:
+        with self._context.store.read() as reader:
+            return freed_with_volumes(reader, volume_ids) << self._context.chunk_shift
 
     def _holdings(self, volume_id: str) -> Holdings | None:
         shift = self._context.chunk_shift

@@ -335,3 +335,15 @@ async def test_a_damaged_snapshot_is_said_to_be(short_tmp_path: Any) -> None:
         assert sorted(await names(api)) == ["v@t", "w@s"], "the others go on"
         assert await names(api, "?volume=v") == ["v@t"]
         assert await api.refused("GET", "/v1/snapshots?volume=x") == (503, "damaged-record")
+
+
+async def test_a_clone_and_its_origin_hold_more_together_than_each_alone(v: PoolApi) -> None:
+    await v.ok("POST", "/v1/snapshots", {"volume": "v", "name": "s"})
+    await v.call("POST", "/v1/snapshots/v@s/clone", {"name": "c"})
+    await v.write("c", 0, b"c" * CHUNK)
+    alone = [(await v.ok("DELETE", f"/v1/volumes/{name}?dry_run=true"))["freed_bytes"] for name in ("v", "c")]
+    assert alone == [0, CHUNK], "the clone keeps all that its origin has"
+    together = await v.ok("POST", "/v1/volumes/space", {"volumes": ["v", "c"]})
+    assert together == {"volumes": ["v", "c"], "freed_bytes": 5 * CHUNK}
+    assert (await v.ok("POST", "/v1/volumes/space", {"volumes": ["c"]}))["freed_bytes"] == CHUNK
+    assert (await v.call("POST", "/v1/volumes/space", {"volumes": ["c", "x"]})).status == 404

@@ -122,6 +122,17 @@ async def test_a_deleted_volume_says_where_it_went(command: Command, script: Scr
     assert script.asked[-1][1] == "/v1/jobs/j1?wait_s=60"
 
 
+async def test_several_volumes_say_what_they_free_together(command: Command, script: Script) -> None:
+    for name in ("v", "w"):
+        gone = {"deleted": False, "volume": volume(name), "obstacles": [], "freed_bytes": 0, "snapshots": 1}
+        script.on("DELETE", f"/v1/volumes/{name}?dry_run=true", gone)
+    script.on("POST", "/v1/volumes/space", {"volumes": ["v", "w"], "freed_bytes": 7 << 20})
+    assert "together they would free 7340032 bytes" in (await command("volume", "delete", "v", "w", "--dry-run")).out
+    assert script.asked[-1][2] == {"volumes": ["id-v", "id-w"]}
+    assert "together" not in (await command("volume", "delete", "v", "--dry-run")).out
+    assert len((await command("volume", "delete", "v", "w", "--dry-run", "-o", "json")).json) == 2
+
+
 async def test_the_trash(command: Command, script: Script) -> None:
     script.on("GET", "/v1/trash?limit=1000", {"volumes": [TRASHED]})
     script.on("POST", "/v1/trash/v/restore", volume("w"))

@@ -7,7 +7,7 @@ import pytest
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord, VolumeRecord
 from blockvirt.meta.store import Reader
-from blockvirt.snapshots.freed import freed_by, freed_with_snapshots, freed_with_volume
+from blockvirt.snapshots.freed import freed_by, freed_with_snapshots, freed_with_volume, freed_with_volumes
 from blockvirt.snapshots.views import parent_of, volume_snapshots
 from blockvirt.volumes.deletion import branches_of
 from blockvirt.volumes.gaps import MAX_EPOCH
@@ -46,17 +46,22 @@ async def test_the_figures_are_exact(pool: SnapshotPool, seed: int) -> None:
     while history.volumes:
         volume = dice.choice(history.volumes)
         before = live_chunks(pool)
-        kind = dice.choice(["snapshots", "some", "volume"])
+        kind = dice.choice(["snapshots", "some", "volume", "volumes"])
         with pool.engine.store.read() as reader:
             records = volume_snapshots(reader, volume.id)
             some = dice.sample(records, dice.randrange(len(records) + 1))
+            several = dice.sample(history.volumes, dice.randrange(1, len(history.volumes) + 1))
             expected = {
                 "snapshots": freed_with_snapshots(reader, volume.id),
                 "some": freed_by(reader, some),
                 "volume": freed_with_volume(reader, volume.id),
+                "volumes": freed_with_volumes(reader, [each.id for each in several]),
             }[kind]
         if kind == "volume":
             await history.delete(volume)
+        elif kind == "volumes":
+            for one in several:
+                await history.delete(one)
         else:
             going = records if kind == "snapshots" else some
             await pool.snapshots.delete([each.id for each in going])
