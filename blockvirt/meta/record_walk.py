@@ -79,8 +79,6 @@ def walk(reader: Reader, table: Table, start: bytes, most: int, decode_leaf: Cal
             _decode(table, key, stored, decode_leaf)
         except BlockvirtError as error:
             damaged.append(DamagedRow(table, key, f"{error.message}: {error.cause}".rstrip(": ")))
-        except (ValueError, TypeError, LookupError) as error:
-            damaged.append(DamagedRow(table, key, f"its fields cannot be understood: {error}"))
     return Step(count, tuple(damaged), last + b"\0" if count == most else None)
 
 

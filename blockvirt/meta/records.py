@@ -332,13 +332,17 @@ def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
     payload = stored[:-4]
     if len(stored) < 5 or crc32c(payload, crc32c(key)) != _CRC.unpack(stored[-4:])[0]:
         by_key = "" if what.endswith(f" {shown(key)}") else f" (key {shown(key)})"
-        raise DamagedRecord(
-            f"the metadata record of {what} is damaged{by_key}",
-            cause="its CRC-32C does not match",
-            correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back the newest intact copy",
-            what=what,
-        )
+        raise _damaged(what, by_key, "its CRC-32C does not match")
     return payload
+
+
+def _damaged(what: str, by_key: str, cause: str) -> DamagedRecord:
+    return DamagedRecord(
+        f"the metadata record of {what} is damaged{by_key}",
+        cause=cause,
+        correction="run 'blockvirt check'; 'blockvirt check --restore-metadata' brings back the newest intact copy",
+        what=what,
+    )
 
 
 def punch_count(key: bytes, stored: bytes) -> int:
@@ -366,7 +370,15 @@ def decode(cls: type[R], key: bytes, stored: bytes) -> R:
             f"{what} has record version {payload[0]}, this blockvirt reads {RECORD_VERSION}",
             correction="use the blockvirt version that wrote it, or a newer one",
         )
-    values: dict[str, Any] = json.loads(payload[1:])
+    try:
+        return _record_of(cls, json.loads(payload[1:]), what)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged(what, "", f"its fields cannot be understood: {error}") from error
+
+
+def _record_of(cls: type[R], values: object, what: str) -> R:
+    if not isinstance(values, dict):
+        raise TypeError("it is no object")
     if unknown := values.keys() - _FIELD_NAMES[cls]:
         raise MetadataFault(f"{what} has unknown fields {sorted(unknown)}", correction="use a newer blockvirt")
     for name, value in values.items():

@@ -33,8 +33,6 @@ class Rows:
             except BlockvirtError as error:
                 code = "damaged-record" if isinstance(error, DamagedRecord) else "newer-record"
                 yield key, None, [corrupt(code, what, f"{error.message}: {error.cause}".rstrip(": "))]
-            except (ValueError, TypeError, LookupError) as error:
-                yield key, None, [corrupt("damaged-record", what, f"its fields cannot be understood: {error}")]
 
     def has(self, table: Table, key: bytes) -> bool:
         """Tell whether a row is there, be it damaged or not."""

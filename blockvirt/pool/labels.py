@@ -46,7 +46,7 @@ def decode_label(content: bytes, path: Path) -> DeviceLabel:
         checksum = fields.pop("checksum")
         intact = checksum == f"{crc32c(_canonical(fields)):08x}"
         version = fields["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"it is no label: {error}") from error
     if not intact:
         raise _damaged(path, "its checksum does not match")

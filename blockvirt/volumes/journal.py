@@ -71,7 +71,13 @@ def unpack_header(block: bytes) -> JournalHeader:
     length = int.from_bytes(block[:4], "little")
     if not 4 < length <= BLOCK_BYTES - 4:
         raise DamagedRecord("a journal file has no header", correction="run 'blockvirt check'")
-    return JournalHeader(**json.loads(unseal(b"journal", block[4 : 4 + length], what="a journal header")))
+    body = unseal(b"journal", block[4 : 4 + length], what="a journal header")
+    try:
+        return JournalHeader(**json.loads(body))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedRecord(
+            "the header of a journal file cannot be understood", cause=str(error), correction="run 'blockvirt check'"
+        ) from error
 
 
 class Journal:

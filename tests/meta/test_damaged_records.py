@@ -5,7 +5,7 @@ import pytest
 from blockvirt.errors import DamagedRecord
 from blockvirt.ids import new_id
 from blockvirt.meta.keys import number_key
-from blockvirt.meta.records import BranchRecord, SnapshotRecord, decode, punch_count, seal
+from blockvirt.meta.records import RECORD_VERSION, BranchRecord, SnapshotRecord, decode, punch_count, seal
 
 
 def test_a_record_is_named_by_its_id() -> None:
@@ -26,3 +26,15 @@ def test_a_key_that_is_no_text_is_shown_in_hex(key: bytes) -> None:
 def test_a_row_that_its_name_does_not_tell_is_named_by_its_key() -> None:
     with pytest.raises(DamagedRecord, match=r"of a punch row is damaged \(key 0000000000000007\)$"):
         punch_count(number_key(7), seal(b"another", b"1"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"no JSON", b"\xff", b"[1]", b'{"id":"x"}', b"[" * 4000, b"1" * 5000],
+    ids=lambda body: repr(body[:10]),
+)
+def test_what_is_no_record_behind_a_checksum_that_fits_is_damaged_too(body: bytes) -> None:
+    with pytest.raises(DamagedRecord, match="of snapshot k is damaged") as caught:
+        decode(SnapshotRecord, b"k", seal(b"k", bytes([RECORD_VERSION]) + body))
+    assert "its fields cannot be understood" in caught.value.cause
+    assert caught.value.correction

@@ -62,6 +62,7 @@ def sealed(**fields: object) -> bytes:
         (b"", "damaged"),
         (b"[1]", "damaged"),
         (b"\xff\xfe", "damaged"),
+        (b"[" * 4000, "damaged"),
         (sealed(device=LABEL.device, pool=LABEL.pool, created_s=0.0, format=2, more=1), "device format 2"),
         (sealed(device=LABEL.device, pool=LABEL.pool, created_s=0.0, format=1, more=1), "damaged"),
         (sealed(device="disk", pool=LABEL.pool, created_s=0.0, format=1), "damaged"),
