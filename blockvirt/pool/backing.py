@@ -22,6 +22,7 @@ _READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
 # Between looks for what the disk is to bring, where no thread may wait for it: a quiet disk takes 0.1 ms, one that is
 # being synced up to 100 ms. After these 200 ms a thread waits all the same.
 _LOOKS_AFTER_S = (0.000_1, 0.000_16, 0.000_26, 0.000_4, 0.000_65, 0.001, *[0.002] * 100)
+_FOLIO_BYTES = 2 << 20  # the page cache has no larger pieces (MAX_PAGECACHE_ORDER on x86-64), and each is aligned
 
 
 def backing_path(device_path: Path, branch: int, number: int) -> Path:
@@ -206,10 +207,17 @@ class BackingFile:
     def forget_cached(self, position: int = 0, length: int = 0) -> None:
         """Have what is read from now on of a range come from the disk, as far as it is synced; length 0: to the end.
 
+        The kernel drops no folio that reaches beyond the range, so that is made to end where folios do.
         After a failed write-back the kernel keeps the pages as clean ones: they would be read, and no sync would ever
         write them.
         """
-        os.posix_fadvise(self.fd, position, length, os.POSIX_FADV_DONTNEED)
+        first = position // _FOLIO_BYTES * _FOLIO_BYTES
+        end = -(-(position + length) // _FOLIO_BYTES) * _FOLIO_BYTES if length else first
+        os.posix_fadvise(self.fd, first, end - first, os.POSIX_FADV_DONTNEED)
+
+    def read_no_further(self) -> None:
+        """Have the kernel read no more than what is asked for by this descriptor."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def close(self) -> None:
         """Close the descriptor; never raises. Whoever wrote must have synced before: what counts is durable by then."""

@@ -106,6 +106,7 @@ class ChunkProof:
         shift = self._context.chunk_shift
         first, last = (chunk_of(each) << shift for each in (min(checksums), max(checksums)))
         try:
+            file.read_no_further()
             file.forget_cached(first, last - first + (1 << shift))
             for each, checksum in checksums.items():
                 try:
@@ -115,7 +116,6 @@ class ChunkProof:
                         reading.differing[each] = "it does not hold what it was sealed with"
                 except (BlockvirtError, OSError) as error:
                     reading.differing[each] = f"it cannot be read: {error}"
-            # Guests' pages beside these are worth more than what nobody asked for.
             file.forget_cached(first, last - first + (1 << shift))
         except OSError as error:
             log.warning("the page cache keeps what was read of %s: %s", file.path, error)

@@ -3,13 +3,18 @@
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blockvirt.errors import InUse, InvalidRequest, NotFound
+from blockvirt.errors import DeviceFault, InUse, InvalidRequest, NotFound
+from blockvirt.limits import SCRUB_BATCH_CHUNKS
 from blockvirt.lun.address import chunk_of
 from blockvirt.meta.keys import Table, leaf_key, number_key
+from blockvirt.meta.preread import ThroughFile, Unreadable
+from blockvirt.meta.record_walk import Step, walk
 from blockvirt.meta.records import ScrubRecord
+from blockvirt.snapshots import scrub_run
 from blockvirt.snapshots.scrub import Clocks, Scrubbing
 from blockvirt.snapshots.scrub_records import find
 from blockvirt.units import MIB
@@ -198,3 +203,61 @@ async def test_one_at_a_time_and_the_same_joins(ground: Ground) -> None:
     gate.set()
     await jobs.finished(first)
     assert await ground.scrubbing.start(["v"]) != first
+
+
+async def test_a_metadata_file_that_cannot_be_read_ends_it_before_a_look_at_the_records(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the disk is stood in for: nothing but a broken one refuses to be read."""
+    looked: list[object] = []
+    is_cached = True
+    monkeypatch.setattr(
+        ThroughFile, "piece", lambda self, at: iter([Unreadable(at + CHUNK, "Input/output error", is_cached)])
+    )
+
+    def noted(*given: Any) -> Step:
+        looked.append(given)
+        return walk(*given)
+
+    monkeypatch.setattr(scrub_run, "walk", noted)
+    found = await ground.scrub()
+    assert [(each.kind, each.offset_bytes) for each in found.findings] == [("metadata", CHUNK)]
+    assert "the page cache has it still" in found.findings[0].problem
+    assert looked
+    looked.clear()
+    is_cached = False
+    job = await ground.pool.engine.jobs.finished(await ground.scrubbing.start())
+    assert job.state == "failed"
+    assert "cannot be read everywhere" in job.error
+    assert (ground.result(job.id).damaged, ground.result(job.id).chunks) == (1, 0)
+    await ground.pool.engine.jobs.resume(job.id)
+    assert (await ground.pool.engine.jobs.finished(job.id)).state == "failed"
+    assert not looked
+
+
+async def test_what_it_read_does_not_stay_in_the_page_cache(ground: Ground) -> None:
+    before, _ = ground.files()
+    with before.open("r+b") as file:
+        os.fsync(file.fileno())
+        file.read()
+        await ground.scrub()
+        with pytest.raises(BlockingIOError):
+            os.preadv(file.fileno(), [bytearray(CHUNK)], 5 * CHUNK, os.RWF_NOWAIT)
+
+
+async def test_a_device_that_is_away_is_no_damage(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(ground.files()[0], 3)
+    storage = ground.pool.engine.storage
+    real, asked = storage.path_of, 0
+
+    def path_of(device_id: str) -> Path:
+        nonlocal asked
+        asked += 1
+        if asked > 2:  # the file was opened already: it goes while it is being read
+            raise DeviceFault("device disk is missing")
+        return real(device_id)
+
+    monkeypatch.setattr(storage, "path_of", path_of)
+    found = await ground.scrub()
+    assert (found.damaged, found.chunks) == (0, 0)
+    assert found.unread_chunks >= CHUNKS + CHUNKS // 2 - SCRUB_BATCH_CHUNKS
