@@ -18,6 +18,7 @@ _RUN = struct.Struct("<HHQ")
 _RUN_BYTES = _RUN.size - 1  # the entry's eighth byte is always 0 and is not stored
 _STORED_RUN = struct.Struct("<HHIHB")  # the same, read from bytes that follow one another
 _PACKED_BYTES = LEAF_CHUNKS * ENTRY_BYTES
+_ENTRIES = 1 << 8 * ENTRY_BYTES
 _MAX_RUNS = _PACKED_BYTES // _RUN_BYTES
 SLOT_MASK = LEAF_CHUNKS - 1
 SLOT_BITS = LEAF_CHUNKS.bit_length() - 1
@@ -103,6 +104,8 @@ def decode(payload: bytes) -> "array[int]":
                 raise DamagedRecord("a leaf names slots outside itself", correction="run 'blockvirt check'")
             if count == 1:  # most are, where a guest writes at random
                 entries[slot] = first
+            elif first + count > _ENTRIES:
+                raise DamagedRecord("a leaf has entries beyond 56 bits", correction="run 'blockvirt check'")
             else:
                 entries[slot : slot + count] = array("Q", range(first, first + count))
         return entries

@@ -52,7 +52,16 @@ def test_a_sequential_leaf_takes_one_run() -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\x00", b"\x03abc", b"\x02" + bytes(100), b"\x01" + bytes(5), b"\x01" + b"\xff" * 11, b"\x01" + bytes(11)],
+    [
+        b"",
+        b"\x00",
+        b"\x03abc",
+        b"\x02" + bytes(100),
+        b"\x01" + bytes(5),
+        b"\x01" + b"\xff" * 11,
+        b"\x01" + bytes(11),
+        b"\x01" + bytes(2) + b"\x02\x00" + b"\xff" * 7,  # its second entry does not fit 56 bits
+    ],
 )
 def test_what_is_no_leaf_is_refused(payload: bytes) -> None:
     with pytest.raises(DamagedRecord):
