@@ -15,6 +15,7 @@ ATTACKS: tuple[str, ...] = (
     "bit_rot",
     "sessions",
     "guests",
+    "codecs",
 )
 """Each a module of this directory with its ``ATTACK``, in the order of the table."""
 

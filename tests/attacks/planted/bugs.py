@@ -46,6 +46,7 @@ MODULES: tuple[str, ...] = (
     "bit_rot",
     "simulation",
     "sessions",
+    "codecs",
     "guests",
 )
 """One for each attack that has planted bugs: ``tests.attacks.planted.NAME``, with its ``BUGS``."""
