@@ -30,7 +30,7 @@ while [ ! -e /run/stop ]; do
     dd if=/run/piece of=/mnt/file.$number bs={FSYNCED_BYTES} conv=fsync || trouble "file.$number cannot be written"
     keep file.$number "$sum" a
     rm -f /run/sums/slot.$slot
-    dd if=/run/piece of=/mnt/slots bs={FSYNCED_BYTES} seek=$slot conv=notrunc,fsync || trouble "slot $slot cannot be"
+    dd if=/run/piece of=/mnt/slots bs={FSYNCED_BYTES} seek=$slot conv=notrunc,fsync || trouble "slot $slot is unwritten"
     keep slot.$slot "$sum" a
     if [ $((number % {REMOVED_EVERY})) = 0 ]; then
         rm /run/sums/file.$((number - 2)) /mnt/file.$((number - 2)) || trouble "file.$((number - 2)) is not there"
@@ -56,7 +56,7 @@ while [ ! -e /run/stop ]; do
         1) dd if=/run/other of=/mnt/cached.$number bs=$size || trouble "cached.$number cannot be written"
            keep cached.$number "$sum" b ;;
         2) rm -f /run/sums/ring.$slot
-           dd if=/run/other of=/mnt/ring.$slot bs=$size conv=notrunc oflag=direct || trouble "ring.$slot cannot be"
+           dd if=/run/other of=/mnt/ring.$slot bs=$size conv=notrunc oflag=direct || trouble "ring.$slot is unwritten"
            keep ring.$slot "$size $sum" b ;;
     esac
     if [ $((number % 9)) = 0 ]; then

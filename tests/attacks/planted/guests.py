@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from blockvirt.lun.plan import WriteStep, plan_write
+from blockvirt.meta.records import BranchRecord, SnapshotRecord
 from blockvirt.nbd.dispatch import Dispatcher
 from blockvirt.pool import identity
+from blockvirt.snapshots.reader import OpenSnapshot
 from blockvirt.volumes import recovery
+from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.slow_path import SlowPath
 from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug
@@ -50,6 +54,13 @@ async def _zero_whole(self: SlowPath, start: int, end: int, punch: bool) -> None
     chunk_bytes = self._volume.chunk_bytes
     first = start // chunk_bytes * chunk_bytes
     await _zero_part(self, first, min(first + chunk_bytes, self._volume.size_bytes), punch)
+
+
+def _open_later(self: OpenSnapshot, context: VolumeContext, record: SnapshotRecord, branch: BranchRecord) -> None:
+    _open(self, context, replace(record, epoch=record.epoch + 1), branch)
+
+
+_open = OpenSnapshot.__init__
 
 
 def _plan(self: Volume, offset: int, length: int) -> list[WriteStep]:
@@ -99,6 +110,15 @@ BUGS = (
         ("I4",),
         "guests",
         by(SlowPath, "_zero_part", _zero_whole),
+        seed=EXT4,
+        is_quick=False,
+    ),
+    Bug(
+        "guest-snapshot-read-an-epoch-later",
+        "a snapshot is read as of the next one",
+        ("I5",),
+        "guests",
+        by(OpenSnapshot, "__init__", _open_later),
         seed=EXT4,
         is_quick=False,
     ),
