@@ -1,7 +1,8 @@
 """Reading sealed chunks and comparing them with their checksums, while their volumes live. All verbs block.
 
-A chunk that differs may have been given up meanwhile, and punched: each is judged once more, in a transaction that
-begins after the read. Only what somebody sees is damage.
+A chunk that differs may have been given up meanwhile, and punched: each is judged once more, in a transaction that begins
+after the read: what is freed is in no version of a leaf that a point or a head sees. Only what somebody sees is
+damage.
 """
 
 import logging
@@ -16,7 +17,7 @@ from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
 from blockvirt.meta.keys import Table, number_key, pair_key, split_leaf, split_pair
 from blockvirt.meta.records import FileRecord, ScrubFinding
 from blockvirt.pool.backing import BackingFile, backing_path
-from blockvirt.snapshots.scrub_records import is_kept, is_live
+from blockvirt.snapshots.scrub_records import is_live
 from blockvirt.volumes.checksums import GROUP_BITS, GROUP_CHUNKS, read_group
 from blockvirt.volumes.concerned import first_names, holders, users
 from blockvirt.volumes.context import VolumeContext
@@ -161,10 +162,10 @@ class ChunkProof:
         """Return what is to be said of a file that cannot be opened; nothing where its branch has gone meanwhile."""
         with self._store.read() as reader:
             record = reader.record(FileRecord, Table.FILES, number_key(number))
-            if record is None or not is_kept(reader, number):
-                return []
-            path = self._path(record)
-            return [ScrubFinding("file", problem, first_names(users(reader, record.branch)), path, address=number)]
+            concerns = first_names(users(reader, record.branch)) if record is not None else ()
+        if record is None or not concerns:
+            return []
+        return [ScrubFinding("file", problem, concerns, self._path(record), address=number)]
 
     def damaged(self, number: int, checksums: Mapping[int, int], differing: Mapping[int, str]) -> list[ScrubFinding]:
         """Return what is to be said of chunks of a file that differ; nothing of those that nobody sees any more."""
@@ -176,8 +177,6 @@ class ChunkProof:
         found = []
         for each, (birth, place) in sorted(self._places(record.branch, live).items()):
             with self._store.read() as reader:
-                if not is_live(reader, each, checksums[each]):
-                    continue
                 seen_by = holders(reader, record.branch, place >> SLOT_BITS, birth, place & SLOT_MASK, each)
                 concerns = first_names(seen_by)
             if concerns:
