@@ -39,8 +39,8 @@ class FaultyDisk:
         self.root = str(root)
         self.cells = cells
         self.counts: Counter[Site] = Counter()
-        self.hits = 0
-        """How many calls failed."""
+        self.hit: set[Cell] = set()
+        """Those that some call met."""
         self.lost_writes = 0
         """That failed syncs and power cuts took."""
         self.tried_again: list[str] = []
@@ -143,7 +143,7 @@ class FaultyDisk:
             for cell in self.cells:
                 concerned = cell.site == site or (cell.site == DISK_CHANGE and is_change)
                 if concerned and cell.fails(self.counts[cell.site]):
-                    self.hits += 1
+                    self.hit.add(cell)
                     return cell
             return None
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -37,11 +38,16 @@ class Slice:
     count: int
 
     def run(self) -> Done:
-        """Carry it out, and say what was broken."""
+        """Carry it out, and say what was broken: by the product, or in the attack itself."""
         attack = load(self.attack)
         say(f"{self.attack}: {self.count:,} {attack.unit} from seed {self.seed}")
         began_s = time.monotonic()
-        outcome = carry_out(attack, self.count, self.seed, say)
+        try:
+            outcome = carry_out(attack, self.count, self.seed, say)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome()
+            outcome.fail(self.seed, f"the attack from this seed on has failed itself: {error!r}")
         for failure in outcome.failures:
             say(f"BROKEN {self.attack}: {failure.what}")
             say(f"  again: python -m tests.attacks {self.attack} --seed {failure.seed} --count 1")
@@ -66,8 +72,14 @@ Work = Slice | BugSlice
 
 def _is_caught(bug: Bug) -> bool:
     began_s = time.monotonic()
-    with planted(bug):
-        outcome = carry_out(load(bug.attack), bug.count, bug.seed, lambda _: None, stop_early=True, planted=bug.name)
+    try:
+        with planted(bug):
+            outcome = carry_out(
+                load(bug.attack), bug.count, bug.seed, lambda _: None, stop_early=True, planted=bug.name
+            )
+    except Exception:
+        traceback.print_exc()
+        outcome = Outcome()
     word = "caught" if outcome.failures else "MISSED"
     took_s = time.monotonic() - began_s
     say(f"{word} {bug.name} by {bug.attack} after {outcome.tried} trials, {took_s:.0f} s")

@@ -1,19 +1,21 @@
 """The long run: what its ledger says is where it goes on."""
 
 import time
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 
-from tests.attacks.attack import Attack, Level, Outcome
+from tests.attacks import slices
+from tests.attacks.attack import Attack, Budget, Level, Outcome
 from tests.attacks.slices import Done, Slice, in_turns, side_by_side, sliced
 from tests.attacks.soak import HEAD, Row, left, merged, next_seed, next_slices, rows_in, rows_of, until
 
 TRIALS = {Level.SAMPLE: 1, Level.PROVE: 40, Level.SOAK: 10}
 
 
-def attack(name: str, slices: int = 4) -> Attack:
-    return Attack(name, "trials", ("I1",), TRIALS, lambda _: Outcome(), slices)
+def attack(name: str, parts: int = 4) -> Attack:
+    return Attack(name, "trials", ("I1",), TRIALS, lambda _: Outcome(), parts)
 
 
 def done(slice_: Slice, bad_seed: int = 0) -> Done:
@@ -26,12 +28,12 @@ def done(slice_: Slice, bad_seed: int = 0) -> Done:
 def test_parts_go_on_where_the_ledger_ends_and_no_seed_comes_twice() -> None:
     attacks = [attack("one"), attack("other")]
     assert not list(until(time.monotonic(), next_slices(attacks, []))), "none is begun when the time is over"
-    slices = list(until(time.monotonic() + 3600, next_slices(attacks, [])))
-    assert [each.attack for each in slices[:4]] == ["one", "other", "one", "other"], "in turns"
+    given = list(until(time.monotonic() + 3600, next_slices(attacks, [])))
+    assert [each.attack for each in given[:4]] == ["one", "other", "one", "other"], "in turns"
     for name in ("one", "other"):
-        seeds = chain.from_iterable(range(each.seed, each.seed + each.count) for each in slices if each.attack == name)
+        seeds = chain.from_iterable(range(each.seed, each.seed + each.count) for each in given if each.attack == name)
         assert list(seeds) == list(range(1, 11))
-    ended = [(each, done(each, bad_seed=7 if each.attack == "other" else 0)) for each in reversed(slices)]
+    ended = [(each, done(each, bad_seed=7 if each.attack == "other" else 0)) for each in reversed(given)]
     rows = rows_of(ended, "2026-01-02", "abc1234")
     assert sorted((row.attack, row.first_seed, row.trials, row.broken, row.figures) for row in rows) == [
         ("one", 1, 10, 0, "kills: 20"),
@@ -62,7 +64,7 @@ def test_a_ledger_is_read_as_it_was_written() -> None:
 
 def test_slices_are_all_trials_once_and_few_stay_together() -> None:
     assert sliced(attack("one"), 5, 39) == [Slice("one", 5, 39)]
-    assert sliced(attack("one", slices=1), 1, 40) == [Slice("one", 1, 40)]
+    assert sliced(attack("one", parts=1), 1, 40) == [Slice("one", 1, 40)]
     assert sliced(attack("one"), 5, 42) == [
         Slice("one", 5, 10),
         Slice("one", 15, 11),
@@ -78,3 +80,13 @@ def test_slices_run_in_processes_of_their_own_and_their_failures_come_out() -> N
     assert found == dict.fromkeys(work, 1)
     with pytest.raises(ModuleNotFoundError):
         list(side_by_side([Slice("no_such_attack", 1, 1)], 2))
+
+
+def test_an_attack_that_fails_itself_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Budget) -> Outcome:
+        raise RuntimeError("nothing was compared")
+
+    monkeypatch.setattr(slices, "load", lambda _: replace(attack("one"), run=run))
+    (failure,) = Slice("one", 4, 2).run().outcome.failures
+    assert failure.seed == 4
+    assert "nothing was compared" in failure.what
