@@ -1,8 +1,8 @@
 """Reading sealed chunks and comparing them with their checksums, while their volumes live. All verbs block.
 
-A chunk that differs may have been given up meanwhile, and punched: each is judged once more, in a transaction that begins
-after the read: what is freed is in no version of a leaf that a point or a head sees. Only what somebody sees is
-damage.
+A chunk that differs may have been given up meanwhile, and punched: each is judged once more, in a transaction that
+begins after the read. What is freed is in no version of a leaf that a point or a head sees, and only what somebody sees
+is damage.
 """
 
 import logging
