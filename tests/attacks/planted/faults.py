@@ -164,6 +164,6 @@ BUGS: tuple[Bug, ...] = (
         "a metadata commit that failed is taken for done",
         ("I1", "I7"),
         replacing(store, "run_group", _run_group),
-        Cell(Site("lmdb", "fdatasync"), "EIO", ONCE, 14),
+        Cell(Site("lmdb", "fdatasync"), "EIO", ONCE, 1),
     ),
 )
