@@ -2,7 +2,8 @@
 
 Who looks is a process of its own (``bit_rot_child``), because damage may end it: that is a failure like any other.
 What means something (``bit_rot_pages``) must be found by ``blockvirt check``, or change nothing that anybody reads;
-what means nothing must not be called damage. Under a daemon one volume may fail, with an error, and no other.
+what means nothing must not be called damage. Under a daemon one volume may fail, with an error, and no other; its scrub
+must name what is damaged of chunks and of rows, and nothing in a pool that is sound.
 """
 
 import json
@@ -17,12 +18,13 @@ from typing import Any
 
 from tests.attacks.attack import Attack, Budget, Level, Outcome
 from tests.attacks.bit_rot_damage import Damage, Kind, Rot, label_of
-from tests.attacks.bit_rot_pool import Kept, RottingPool, leave_journal, make
+from tests.attacks.bit_rot_pool import CHUNK_BYTES, Kept, RottingPool, leave_journal, make
 from tests.attacks.fsx import SmallChunks
 from tests.real.daemon import CHECKOUT
 
 _ANSWER_S = 30.0  # a check takes a twentieth of a second when the machine is quiet
 _CHUNKS_ARE_READ = (Kind.CHUNK, Kind.CUT)
+_SCRUBBED = (Kind.CHUNK, Kind.SERVED)  # every second one of them
 
 
 class Watcher:
@@ -93,7 +95,7 @@ def run(budget: Budget) -> Outcome:
         for seed in budget.seeds(outcome):
             damage = bench.rot.damage(seed)
             outcome.add(damage.kind.value)
-            broken = _trial(bench, damage, outcome)
+            broken = _trial(bench, seed, damage, outcome)
             if not broken and not bench.rot.is_whole():
                 broken = "the check changed the metadata, which it must only read"
                 bench.kept.restore()
@@ -103,6 +105,8 @@ def run(budget: Budget) -> Outcome:
                 budget.say(f"bit_rot: seed {seed}: {outcome.tried + 1} damaged, {len(outcome.failures)} broken")
     if outcome.tried >= 20 and not outcome.failures and not outcome.figures.get("found"):
         raise AssertionError("bit_rot proves nothing: nothing was found in twenty trials")
+    if outcome.figures.get("scrubs", 0) >= 5 and not outcome.failures and not outcome.figures.get("found by a scrub"):
+        raise AssertionError("bit_rot proves nothing of scrubs: they found nothing")
     return outcome
 
 
@@ -121,20 +125,28 @@ def _bench(budget: Budget) -> Iterator[Bench]:
                 raise AssertionError(f"the pool is not sound before anything is damaged: {found}")
         digest = watchers[0].ask("check")["digest"]
         files, users = pool.backing_files(), pool.users_of_branches()
-        yield Bench(pool, rot, Kept(root, budget.scratch / "aside"), watchers[0], watchers[1], digest, files, users)
+        kept = Kept(root, budget.scratch / "aside")
+        sound = watchers[0].ask("scrub")
+        if sound.get("findings") != [] or sound["chunks"] != len(rot.sealed):
+            raise AssertionError(f"a scrub of {len(rot.sealed)} sound chunks: {sound}")
+        kept.restore()
+        yield Bench(pool, rot, kept, watchers[0], watchers[1], digest, files, users)
 
 
-def _trial(bench: Bench, damage: Damage, outcome: Outcome) -> str:
+def _trial(bench: Bench, seed: int, damage: Damage, outcome: Outcome) -> str:
     """Damage, look, put back; returns what was promised and not held."""
     undo = damage.apply()
+    is_scrubbed = damage.kind in _SCRUBBED and not seed % 2
     try:
+        if is_scrubbed and (broken := _scrubbed(damage, bench.watcher.ask("scrub"), outcome)):
+            return broken
         if damage.kind is Kind.SERVED:
             return _served(bench, damage, bench.watcher.ask("serve"), outcome)
         watcher = bench.journal_watcher if damage.kind is Kind.JOURNAL else bench.watcher
         answer = watcher.ask("check-data" if damage.kind in _CHUNKS_ARE_READ else "check")
         return _checked(bench, damage, answer, outcome)
     finally:
-        if damage.kind in (Kind.SERVED, Kind.CUT):
+        if is_scrubbed or damage.kind in (Kind.SERVED, Kind.CUT):
             bench.kept.restore()
         else:
             undo.apply()
@@ -154,6 +166,23 @@ def _checked(bench: Bench, damage: Damage, answer: dict[str, Any], outcome: Outc
         outcome.add("of no effect")
         return ""
     return "a check finds nothing" + (", and rows have changed" if is_metadata else "")
+
+
+def _scrubbed(damage: Damage, answer: dict[str, Any], outcome: Outcome) -> str:
+    """Tell what a scrub should have found and did not: the chunk where it lies, or that a row is damaged."""
+    outcome.add("scrubs")
+    if answer.get("state") != "done" or answer["ready"] != 200:
+        return f"a scrub must come to its end: {answer}"
+    if damage.kind is Kind.SERVED:
+        if any(each["kind"] == "record" for each in answer["findings"]):
+            outcome.add("found by a scrub")
+            return ""
+        return "a scrub finds nothing"
+    at = damage.edits[0][0] // CHUNK_BYTES * CHUNK_BYTES
+    if answer["findings"] != [{"kind": "chunk", "where": at}]:
+        return f"a scrub finds {answer['findings']}, and the chunk at {at} is damaged"
+    outcome.add("found by a scrub")
+    return ""
 
 
 def _served(bench: Bench, damage: Damage, answer: dict[str, Any], outcome: Outcome) -> str:

@@ -1,7 +1,7 @@
 """The process that looks at a rotten pool: `python -m tests.attacks.bit_rot_child ROOT [BUG]`.
 
-Damage may kill who looks at it, so somebody else must: each line of its input is "check", "check-data" or "serve", each
-line of its output the JSON of what came of it.
+Damage may kill who looks at it, so somebody else must: each line of its input is "check", "check-data", "serve" or
+"scrub", each line of its output the JSON of what came of it.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,21 @@ async def _use(pool: RottingPool, volume: str) -> None:
         assert await client.read(700 * CHUNK_BYTES + 5, 3) == b"new"
 
 
-def served(pool: RottingPool) -> dict[str, Any]:
-    """The same, or why no daemon starts."""
+async def scrub(pool: RottingPool) -> dict[str, Any]:
+    """Run a daemon over the pool and have it scrubbed; what it found."""
+    async with pool.daemon():
+        job = await pool.must("POST", "/v1/scrubs", {"rate": "10GiB"})
+        ended = await pool.must("GET", f"/v1/jobs/{job['id']}?wait_s=60")
+        (result,) = (await pool.must("GET", "/v1/scrubs"))["scrubs"]
+        status, _ = await pool.ask("GET", "/readyz")
+    findings = [{"kind": each["kind"], "where": each.get("offset_bytes")} for each in result["findings"]]
+    return {"state": ended["state"], "chunks": result["chunks"], "findings": findings, "ready": status}
+
+
+def served(pool: RottingPool, work: Callable[[RottingPool], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Do something with a daemon, or say why none starts."""
     try:
-        return asyncio.run(asyncio.wait_for(serve(pool), 60))
+        return asyncio.run(asyncio.wait_for(work(pool), 60))
     except BlockvirtError as error:
         return {"refused": f"{type(error).__name__}: {error.message}"}
 
@@ -115,7 +127,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             what = line.strip()
-            answer = served(pool) if what == "serve" else check(pool, data=what == "check-data")
+            work = {"serve": serve, "scrub": scrub}.get(what)
+            answer = served(pool, work) if work is not None else check(pool, data=what == "check-data")
         except Exception:  # what nobody expects is a finding of the attack
             answer = {"fault": traceback.format_exc()}
         print(json.dumps(answer), flush=True)

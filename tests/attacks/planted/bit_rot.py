@@ -9,6 +9,7 @@ import pytest
 from blockvirt.checksum import crc32c
 from blockvirt.meta import datafile, records, verify_map
 from blockvirt.pool import labels
+from blockvirt.snapshots import scrub_chunks
 from blockvirt.volumes import checksums, data_proof, recovery
 from tests.attacks.planted.bugs import Bug, replacing
 
@@ -80,6 +81,14 @@ BUGS: tuple[Bug, ...] = (
         "bit_rot",
         _no_crc,
         count=60,
+    ),
+    Bug(
+        "scrub-compares-nothing",
+        "a scrub reads sealed chunks and compares nothing",
+        ("I5",),
+        "bit_rot",
+        replacing(scrub_chunks, "matches", lambda content, checksum: True),
+        seed=46,  # the first sealed chunk that is damaged under a scrub
     ),
     Bug(
         "label-checksum-not-compared",
