@@ -15,10 +15,13 @@ from blockvirt.nbd.constants import COMMAND_NAMES
 from blockvirt.nbd.stats import ServerStats, Traffic
 from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.readers import SnapshotReaders
+from blockvirt.snapshots.scrub import Scrubbing
+from blockvirt.snapshots.sealing import Sealer
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.catalogue import Catalogue
 from blockvirt.volumes.engine import Engine, EngineSettings
 from blockvirt.volumes.requests import NewVolume
+from tests.volumes.conftest import until
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -171,6 +174,37 @@ async def test_nbd_counters_keep_their_sums(tmp_path: Path) -> None:
     assert samples[bucket, (("command", "read"), ("le", "5.0"))] == 9
     assert samples[bucket, (("command", "read"), ("le", "+Inf"))] == 10
     assert samples["blockvirt_nbd_request_duration_seconds_count", (("command", "read"),)] == 10
+
+
+async def test_what_scrubs_have_found(tmp_path: Path) -> None:
+    engine = await Engine.start(tmp_path / "state", [tmp_path / "dev"], EngineSettings(metadata_reserve_bytes=MIB))
+    try:
+        catalogue = Catalogue(engine.store, engine.registry, engine.storage)
+        scrubbing = Scrubbing(engine)
+        snapshots = Snapshots(engine, SnapshotReaders(engine.context))
+        volume = (await catalogue.create(NewVolume(MIB, name="v"))).volume
+        handle = await engine.registry.open(volume.id, "s1")
+        await handle.write(0, memoryview(b"x" * MIB))
+        await handle.close()
+        await snapshots.create({"v": "one"})
+        sealing = asyncio.create_task(Sealer(engine).run())
+        await until(lambda: not engine.store.stats().entries["seals"])
+        sealing.cancel()
+        metrics = Metrics(engine, catalogue, Counters(), scrubs=scrubbing.counters)
+        before = await shown(metrics)
+        with next((tmp_path / "dev" / "files").iterdir()).open("r+b") as file:
+            file.write(b"!")
+        job = await engine.jobs.finished(await scrubbing.start())
+        after = await shown(metrics)
+    finally:
+        await engine.close()
+    names = [f"blockvirt_scrub_{name}" for name in ("bytes_total", "chunks_total", "damaged_total", "standing_damage")]
+    assert [before[name, ()] for name in names] == [0, 0, 0, 0]
+    assert before["blockvirt_scrub_last_end_timestamp_seconds", ()] == 0
+    assert after[names[0], ()] > MIB
+    assert [after[name, ()] for name in names[1:]] == [16, 1, 1]
+    assert job.created_s < after["blockvirt_scrub_last_end_timestamp_seconds", ()] <= (job.finished_s or 0)
+    assert after["blockvirt_jobs", (("kind", "scrub"), ("state", "done"))] == 1
 
 
 async def test_a_failed_store_still_has_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

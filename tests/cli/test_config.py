@@ -47,6 +47,12 @@ def test_the_last_layer_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load(default_state_dir=tmp_path).state_dir == Path("/from-environment")
 
 
+def test_scrubs_are_monthly_or_never() -> None:
+    assert load().scrub_schedule == "0 3 1 * *"
+    assert load(scrub_schedule="").scrub_schedule == ""
+    assert load(scrub_schedule=" 0  4 * * SUN ").scrub_schedule == "0 4 * * SUN"
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().http = "none"  # type: ignore[misc]
@@ -58,6 +64,8 @@ def test_settings_are_frozen() -> None:
         ('htpp = "127.0.0.1:1"', "htpp"),
         ("devices = 5", "devices"),
         ('chunk_size = "64K"', "could mean two sizes"),
+        ('scrub_schedule = "monthly"', "not a cron expression"),
+        ('scrub_rate = "1KiB"', "scrub_rate"),
         ('leaf_cache = "1KiB"', "leaf_cache"),
         ('log_level = "loud"', "log_level"),
         ('http = "0.0.0.0:80"', "refused to listen"),

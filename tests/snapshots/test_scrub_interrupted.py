@@ -10,8 +10,10 @@ from blockvirt.errors import MetadataFault, PoolFull
 from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_CHUNKS
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store
+from blockvirt.snapshots import scrub_run
 from blockvirt.snapshots.scrub import Clocks, Scrubbing
 from blockvirt.snapshots.scrub_chunks import ChunkProof, Reading
+from blockvirt.snapshots.scrub_pace import Pace
 from blockvirt.units import MIB
 from tests.snapshots.conftest import SnapshotPool
 from tests.snapshots.test_scrub import CHUNK, CHUNKS, Ground, flip
@@ -68,7 +70,8 @@ async def again(ground: Ground, time: Virtual) -> Ground:
     return Ground(pool, Scrubbing(pool.engine, clocks=time.clocks))
 
 
-async def test_so_many_bytes_a_second_and_no_more(tmp_path: Path) -> None:
+async def test_so_many_bytes_a_second_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrub_run, "SCRUB_PAUSE_S", 0.01)
     time = Virtual()
     ground = await begun(tmp_path, time)
     rate = 1 * MIB
@@ -78,7 +81,7 @@ async def test_so_many_bytes_a_second_and_no_more(tmp_path: Path) -> None:
     found = ground.result(job_id)
     assert found.read_bytes > SEALED * CHUNK
     assert time.now_s - began_s == pytest.approx(found.read_bytes / rate)
-    assert max(time.rests) <= 1.0, "it looks up between two rests"
+    assert max(time.rests) == 0.01, "it looks up between two rests"
     await ground.pool.close()
 
 
@@ -99,6 +102,13 @@ async def test_a_cancelled_one_keeps_what_it_found_and_ends_at_once(tmp_path: Pa
     time.stop_after = None
     assert (await ground.scrub()).chunks == SEALED, "another one may begin, and does so anew"
     await ground.pool.close()
+
+
+def test_the_slower_the_disk_the_longer_the_rest() -> None:
+    pace = Pace(10 * MIB)
+    assert pace.rest_s(100.0, 100.01, MIB) == pytest.approx(0.09)
+    assert pace.rest_s(100.1, 105.1, MIB) == pytest.approx(5.0), "half of the disk's time at most"
+    assert pace.rest_s(110.1, 110.1, MIB) == pytest.approx(0.1), "no burst makes up for what was slow"
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
