@@ -1,13 +1,17 @@
 """Attacks in slices: several at a time, each slice in a process of its own, in turns between the attacks."""
 
-import multiprocessing
+import importlib
+import os
+import pickle
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain, pairwise, zip_longest
+from pathlib import Path
 from typing import TypeVar
 
 from tests.attacks.attack import Attack, Level, Outcome, carry_out
@@ -15,6 +19,7 @@ from tests.attacks.catalogue import load
 from tests.attacks.planted.bugs import Bug, bug_named, planted
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
 JOBS = 2  # slices at a time: two processors are what is at least expected
 BUGS_IN_A_SLICE = 6  # a process takes a second to start, and one of the slower bugs a minute
 
@@ -105,26 +110,42 @@ def in_turns(*queues: Sequence[T]) -> list[T]:
 
 
 def side_by_side(work: Iterable[Work], jobs: int) -> Iterator[tuple[Work, Done]]:
-    """Do ``work``, ``jobs`` slices at a time, and yield each as it is done. The next is asked for when one may begin.
-
-    What a slice raises comes out here, when those that run are done.
-    """
+    """Do ``work``, ``jobs`` slices at a time, and yield each as it is done. Asks for each when it can begin."""
     rest = iter(work)
-    # Processes that are started anew: an attack has threads, mounts and patches of its own.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(jobs) as threads:
         running: dict[Future[Done], Work] = {}
         while True:
             while len(running) < jobs and (each := next(rest, None)) is not None:
-                running[pool.submit(_run, each)] = each
+                running[threads.submit(in_a_process, each)] = each
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
 
 
-def _run(work: Work) -> Done:
-    return work.run()
+def in_a_process(work: Work) -> Done:
+    """Do a slice in a process of its own: an attack has threads, mounts and patches, and may end with its process."""
+    command = [sys.executable, "-m", "tests.attacks.slices"]
+    ended = subprocess.run(command, input=pickle.dumps(work), stdout=subprocess.PIPE, cwd=ROOT)
+    if ended.returncode == 0:
+        done: Done = pickle.loads(ended.stdout)
+        return done
+    problem = f"the process of {work} has ended with {ended.returncode}"
+    say(problem)
+    if isinstance(work, BugSlice):
+        return Done(missed=work.bugs)
+    outcome = Outcome()
+    outcome.fail(work.seed, problem)
+    return Done(outcome)
+
+
+def main() -> None:
+    """Be such a process: a slice on standard input, what it came to on standard output, which nobody else may use."""
+    work: Work = pickle.load(sys.stdin.buffer)
+    with os.fdopen(os.dup(1), "wb") as answer:
+        os.dup2(2, 1)
+        done = work.run()
+        pickle.dump(done, answer)
 
 
 def say(line: str) -> None:
@@ -137,3 +158,8 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(each[column]) for each in rows) for column in range(3)] if rows else []
     for each in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(each, widths, strict=False)), each[3]]).rstrip())
+
+
+if __name__ == "__main__":
+    # Not as what this module is called here: what is pickled must be found by its name in another process.
+    importlib.import_module("tests.attacks.slices").main()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.attacks import slices
 from tests.attacks.attack import Attack, Budget, Level, Outcome
-from tests.attacks.slices import Done, Slice, in_turns, side_by_side, sliced
+from tests.attacks.slices import BugSlice, Done, Slice, in_turns, side_by_side, sliced
 from tests.attacks.soak import HEAD, Row, left, merged, next_seed, next_slices, rows_in, rows_of, until
 
 TRIALS = {Level.SAMPLE: 1, Level.PROVE: 40, Level.SOAK: 10}
@@ -78,8 +78,14 @@ def test_slices_run_in_processes_of_their_own_and_their_failures_come_out() -> N
     work = [Slice("simulation", 1, 1), Slice("simulation", 2, 1)]
     found = {slice_: each.outcome.tried for slice_, each in side_by_side(work, 2)}
     assert found == dict.fromkeys(work, 1)
-    with pytest.raises(ModuleNotFoundError):
-        list(side_by_side([Slice("no_such_attack", 1, 1)], 2))
+
+
+def test_a_process_that_ends_too_early_is_no_success() -> None:
+    (unknown,) = side_by_side([Slice("no_such_attack", 4, 1)], 2)
+    (failure,) = unknown[1].outcome.failures
+    assert failure.seed == 4
+    (bugs,) = side_by_side([BugSlice(("no-such-bug",))], 2)
+    assert bugs[1].missed == ("no-such-bug",)
 
 
 def test_an_attack_that_fails_itself_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
