@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, MetadataFault
 from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_CHUNKS, SCRUB_BATCH_ROWS, SCRUB_FINDINGS, SCRUB_PAUSE_S
@@ -31,6 +32,7 @@ from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.jobs import Running
 
 log = logging.getLogger("blockvirt.scrub")
+T = TypeVar("T")
 
 _FILE, _CHUNKS = "file", "chunks"
 _STILL_CACHED = "; the page cache has it still"
@@ -100,6 +102,10 @@ class ScrubRun:
             await self._save()
             self._threads.close()
 
+    async def _do(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the thread; who is cancelled waits for its end too: nothing of it is at work afterwards."""
+        return await self._threads.run_to_end(work, lambda: None)
+
     # --- where it is -------------------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[str, bytes]:
@@ -118,7 +124,7 @@ class ScrubRun:
             start = pair_key(number, chunk >> GROUP_BITS)
         while start is not None:
             self.job.checkpoint()
-            chunks, start = await self._threads.run(partial(self.proof.count, start))
+            chunks, start = await self._do(partial(self.proof.count, start))
             left += chunks << self.context.chunk_shift
         self._total_bytes = self._done_bytes() + left
 
@@ -188,11 +194,11 @@ class ScrubRun:
         path = self.context.store.path / DATA_FILE
         at = int.from_bytes(key, "big")
         is_safe = all(_STILL_CACHED in each.problem for each in self.record.findings if each.kind == "metadata")
-        with await self._threads.run(partial(ThroughFile, path)) as file:
+        with await self._do(partial(ThroughFile, path)) as file:
             while (left_bytes := self.context.store.stats().used_bytes - at) > 0:
                 self.job.checkpoint()
                 began_s = self.clocks.monotonic_s()
-                lost = await self._threads.run(partial(_piece, file, at))
+                lost = await self._do(partial(_piece, file, at))
                 is_safe &= all(each.is_cached for each in lost)
                 self._count(read_bytes=min(PIECE_BYTES, left_bytes))
                 self._found(_unreadable(str(path), lost))
@@ -212,7 +218,7 @@ class ScrubRun:
         while start is not None:
             self.job.checkpoint()
             began_s = self.clocks.monotonic_s()
-            start, rows, findings = await self._threads.run(partial(self._walk, _TABLES[step], start))
+            start, rows, findings = await self._do(partial(self._walk, _TABLES[step], start))
             self._count(records=rows)
             self._found(findings)
             await self._advance(*((step, start) if start is not None else (_STEPS[_STEPS.index(step) + 1], b"")))
@@ -237,7 +243,7 @@ class ScrubRun:
         start: bytes | None = key
         while start is not None:
             self.job.checkpoint()
-            group = await self._threads.run(partial(self.proof.group, start))
+            group = await self._do(partial(self.proof.group, start))
             self.job.detail = f"reading backing file {group.file}" if group.file else ""
             await self._group(group)
             start = group.next_key
@@ -249,10 +255,10 @@ class ScrubRun:
         while batch := dict(islice(left, SCRUB_BATCH_CHUNKS)):
             self.job.checkpoint()
             began_s = self.clocks.monotonic_s()
-            reading = await self._threads.run(partial(self.proof.read, group.file, batch))
+            reading = await self._do(partial(self.proof.read, group.file, batch))
             if reading.differing:
                 judge = partial(self.proof.damaged, group.file, batch, reading.differing)
-                self._found(await self._threads.run(judge))
+                self._found(await self._do(judge))
             if reading.missing:
                 await self._found_missing(group.file, reading.missing)
             is_read = not (reading.missing or reading.away)
@@ -269,7 +275,7 @@ class ScrubRun:
         """Name a backing file that is not there, once for all its chunks."""
         if number not in self._missing:
             self._missing.add(number)
-            self._found(await self._threads.run(partial(self.proof.missing_file, number, problem)))
+            self._found(await self._do(partial(self.proof.missing_file, number, problem)))
 
 
 def _piece(file: ThroughFile, at: int) -> list[Unreadable]:

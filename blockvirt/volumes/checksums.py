@@ -3,7 +3,7 @@
     value: 64 bytes, bit i of which says that chunk i of the group has a checksum | 512 x u32, little-endian
 
 A chunk is sealed from the first snapshot that sees it on: it never changes again, so its checksum is computed once, in
-the background. Copy-up, export and ``check --data`` compare; a chunk without a checksum yet is taken as it is.
+the background. Copy-up, export, scrub and ``check --data`` compare; a chunk without a checksum yet is taken as it is.
 """
 
 import struct
@@ -117,5 +117,5 @@ def check_content(content: "bytes | bytearray | memoryview", expected: int | Non
         raise DataDamaged(
             f"{what} is damaged: its CRC-32C is {found:08x}, it was {expected:08x} when it was sealed",
             cause="the disk changed or lost what was written",
-            correction="restore it from a copy; 'blockvirt check --data' names everything that is damaged",
+            correction="restore it from a copy; 'blockvirt scrub start --wait' names everything that is damaged",
         )

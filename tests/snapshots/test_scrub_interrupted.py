@@ -1,6 +1,7 @@
 """Scrubs that are stopped, cancelled, killed, kept from space, or begun beside what changes the pool."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from blockvirt.errors import MetadataFault, PoolFull
 from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_CHUNKS
 from blockvirt.meta.keys import Table
+from blockvirt.meta.preread import ThroughFile
 from blockvirt.meta.store import Store
 from blockvirt.snapshots import scrub_run
 from blockvirt.snapshots.scrub import Clocks, Scrubbing
@@ -248,4 +250,43 @@ async def test_one_whose_volumes_are_gone_is_given_up(tmp_path: Path) -> None:
     await ground.pool.engine.jobs.resume(job_id)
     job = await ground.pool.engine.jobs.finished(job_id)
     assert (job.state, job.error) == ("cancelled", "what was to be read was deleted meanwhile")
+    await ground.pool.close()
+
+
+async def test_an_end_of_the_daemon_waits_for_the_read_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    time = Virtual()
+    ground = await begun(tmp_path, time)
+    reading, go_on, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+    real = ThroughFile._from_disk
+
+    def from_disk(self: ThroughFile, offset: int, length: int) -> str:
+        with memoryview(self._buffer):
+            loop.call_soon_threadsafe(reading.set)
+            go_on.wait()
+            return real(self, offset, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThroughFile, "_from_disk", from_disk)
+        job_id = await ground.scrubbing.start()
+        await reading.wait()
+        closing = asyncio.create_task(ground.pool.close())
+        await until(lambda: ground.pool.engine.jobs._closing)
+        loop.call_soon(go_on.set)  # by then the job has been cancelled
+        await closing
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    ground = await again(ground, time)
+    assert (await ground.pool.engine.jobs.finished(job_id)).state == "done"
+    await ground.pool.close()
+
+
+async def test_a_damaged_result_is_passed_over(tmp_path: Path) -> None:
+    time = Virtual()
+    ground = await begun(tmp_path, time)
+    first, second = (await ground.scrub()).id, (await ground.scrub()).id
+    await ground.pool.engine.store.commit(lambda writer: writer.put(Table.SCRUBS, first.encode(), b"damaged"))
+    assert [each.id for each in ground.scrubbing.results().scrubs] == [second]
+    found = await ground.scrub()
+    assert [each.kind for each in found.findings] == ["record"], "it is damage like any other"
     await ground.pool.close()
