@@ -33,6 +33,7 @@ from tests.meta.verify_pool import (
     POINT,
     POOL,
     PUNCH,
+    SCRUB,
     TRASHED,
     UNIT,
     Change,
@@ -44,6 +45,7 @@ from tests.meta.verify_pool import (
     fill,
     job,
     puts,
+    puts_record,
     schedule,
     snapshot,
     volume,
@@ -51,7 +53,7 @@ from tests.meta.verify_pool import (
 
 CHECKED = (
     *(Table.POOL, Table.DEVICES, Table.VOLUMES, Table.BRANCHES, Table.FILES, Table.HOSTS, Table.UNITS),
-    *(Table.SNAPSHOTS, Table.SCHEDULES, Table.JOBS),
+    *(Table.SNAPSHOTS, Table.SCHEDULES, Table.JOBS, Table.SCRUBS),
 )
 
 
@@ -257,6 +259,7 @@ PLANTED = [
     (drops(Table.SCHEDULES, b"c1"), {("name-index", "schedule name daily")}),
     (drops(Table.SCHEDULE_NAMES, b"daily"), {("name-index", "schedule daily")}),
     (schedule(labels={"tier": "gold"}), {("bad-value", "schedule daily")}),
+    (puts_record(Table.SCRUBS, b"j8", SCRUB), {("wrong-key", "scrub j9")}),
     (schedule(id="c2"), {("wrong-key", "schedule daily")}),
     (puts(Table.LEAVES, b"short", b"x"), {("unknown-row", "leaf short")}),
     (puts(Table.BORN, b"short", b"x"), {("unknown-row", "index of births, short")}),

@@ -28,6 +28,8 @@ from blockvirt.meta.records import (
     PoolRecord,
     Record,
     ScheduleRecord,
+    ScrubFinding,
+    ScrubRecord,
     SnapshotRecord,
     UnitRecord,
     VolumeRecord,
@@ -52,6 +54,7 @@ SNAPSHOT = SnapshotRecord("s1", "v1", "monday", 1, 4, 1 << 30, 1.0, mapped_chunk
 OLD_SNAPSHOT = SnapshotRecord("s2", "v1", "sunday", 5, 2, 1 << 30, 1.0)
 SCHEDULE = ScheduleRecord("c1", "daily", "0 3 * * *", 1.0, volume_id="v1")
 PURGE = JobRecord("j1", "purge", "running", "web", 1.0, volume_id="v2")
+SCRUB = ScrubRecord("j9", 1.0, ended_s=2.0, damaged=1, findings=(ScrubFinding("chunk", "damaged", ("web", "copy")),))
 LEAF = leaf_key(1, 7, 4)
 PUNCH = pair_key(1, 3)
 POINT, CHILD = snapshot_point_key(1, 4, "s1"), child_point_key(1, 4, 4)
@@ -99,6 +102,7 @@ def fill(writer: Writer) -> None:
     writer.put_record(Table.SCHEDULES, b"c1", SCHEDULE)
     writer.put(Table.SCHEDULE_NAMES, b"daily", b"c1")
     writer.put_record(Table.JOBS, b"j1", PURGE)
+    writer.put_record(Table.SCRUBS, b"j9", SCRUB)
 
 
 Change = Callable[[Writer], None]
