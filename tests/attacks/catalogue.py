@@ -16,6 +16,7 @@ ATTACKS: tuple[str, ...] = (
     "sessions",
     "guests",
     "codecs",
+    "api",
 )
 """Each a module of this directory with its ``ATTACK``, in the order of the table."""
 

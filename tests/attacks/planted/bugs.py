@@ -47,6 +47,7 @@ MODULES: tuple[str, ...] = (
     "simulation",
     "sessions",
     "codecs",
+    "api",
     "guests",
 )
 """One for each attack that has planted bugs: ``tests.attacks.planted.NAME``, with its ``BUGS``."""

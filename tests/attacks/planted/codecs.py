@@ -53,6 +53,7 @@ BUGS: tuple[Bug, ...] = (
         replacing(Incoming, "park", _park_too_little),
         count=24_000,
         seed=1,
+        is_quick=False,
     ),
     Bug(
         "stream-checksum-not-compared",

@@ -149,6 +149,7 @@ BUGS: tuple[Bug, ...] = (
         "I4",
         replacing(BufferPool, "take", _lend_twice),
         count=250,
+        is_quick=False,
     ),
     _bug(
         "the-export-asked-for-last",
