@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from blockvirt.errors import PoolFull
+from blockvirt.meta.keys import Table
 from blockvirt.meta.records import SnapshotRecord
+from blockvirt.snapshots.scrub import Scrubbing
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
@@ -18,7 +20,7 @@ from blockvirt.volumes.opened import OpenVolume
 from blockvirt.volumes.requests import NewVolume
 from tests.snapshots.conftest import SnapshotPool
 from tests.snapshots.test_histories import settled
-from tests.volumes.conftest import findings, mounted, read, until_punched, write
+from tests.volumes.conftest import findings, mounted, read, until, until_punched, write
 from tests.volumes.test_full_pool import fill
 
 CHUNK = 64 * KIB
@@ -219,3 +221,22 @@ async def test_the_pool_holds_what_the_filesystem_has_given(tmp_path: Path, real
     assert given_bytes(pool.device) == status.used_bytes + status.reserved_bytes
     assert not findings(pool, leaks=True)
     await pool.close()
+
+
+async def test_a_scrub_needs_no_space(limited: SnapshotPool) -> None:
+    scrubbing = Scrubbing(limited.engine)
+    await golden(limited)
+
+    def sealed() -> bool:
+        with limited.engine.store.read() as reader:
+            return not reader.count(Table.SEALS)
+
+    await until(sealed)
+    filler = await filled(limited)
+    with min((limited.state_dir.parent / "limited" / "files").iterdir()).open("r+b") as file:
+        file.write(b"!")
+    job = await limited.engine.jobs.finished(await scrubbing.start())
+    (found,) = scrubbing.results().scrubs
+    assert (job.state, found.chunks, found.damaged) == ("done", 4 * PART // CHUNK, 1)
+    assert found.findings[0].concerns == ("golden", "golden@g")
+    await filler.close()
