@@ -207,10 +207,9 @@ class Session:
                 self._pause()
                 return
             if left <= 0 or finished > deadline:
-                if dispatch.backlog or looks:
-                    self._schedule()
-                else:
-                    self._rest(False)
+                # Not only for what is left in the buffer: the socket may hold more, and uvloop calls the reader of one
+                # that was reset only once. So nobody rests before the socket was found empty.
+                self._schedule()
                 return
             now = finished
 

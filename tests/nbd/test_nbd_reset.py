@@ -1,0 +1,53 @@
+"""A connection that is reset while much of it is unread, on the loop of the daemon.
+
+uvloop calls the reader of a socket that failed once, and never again: what a turn leaves unread must not be waited for.
+"""
+
+import asyncio
+import socket
+import struct
+
+import pytest
+import uvloop
+
+from blockvirt.nbd import constants as c
+from blockvirt.nbd.messages import CLIENT_FLAGS, OPTION, REQUEST, pack_info_request
+from blockvirt.nbd.server import NbdServer
+from blockvirt.nbd.shared import SharedResources
+from blockvirt.testing.memory_volume import MemoryDisk, MemoryExports
+from blockvirt.units import KIB, MIB
+from tests.nbd.conftest import PATIENCE_S
+
+_RESET = struct.pack("ii", 1, 0)
+
+
+async def session_that_is_reset(offset: int) -> None:
+    """Open an export, send half of a large write and reset, before the server has read any of it."""
+    shared = SharedResources()
+    shared.limits.batch_s = 0.0  # each turn takes one piece
+    server = NbdServer(MemoryExports({"v": MemoryDisk(8 * MIB)}), shared=shared)
+    (address,) = await server.listen_tcp("127.0.0.1", 0)
+    loop = asyncio.get_running_loop()
+    with socket.create_connection(address) as client:
+        client.setblocking(False)
+        payload = pack_info_request("v", ())
+        client.send(CLIENT_FLAGS.pack(3) + OPTION.pack(c.OPTION_MAGIC, c.OPT_GO, len(payload)) + payload)
+        while not server.sessions():
+            await asyncio.wait_for(loop.sock_recv(client, 64 * KIB), PATIENCE_S)
+        client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, 1, offset, 4 * MIB))
+        sent = 0
+        while sent < 2 * MIB:
+            try:
+                sent += client.send(bytes(64 * KIB))
+            except BlockingIOError:
+                break
+        assert sent > 256 * KIB, "more than a turn takes"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    async with asyncio.timeout(PATIENCE_S):
+        await server.all_closed()
+    await server.stop()
+
+
+@pytest.mark.parametrize("offset", [0, 1 << 40], ids=["taken", "refused"])
+def test_a_reset_in_the_middle_of_a_payload_ends_the_session(offset: int) -> None:
+    uvloop.run(session_that_is_reset(offset))
