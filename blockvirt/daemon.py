@@ -234,6 +234,7 @@ def serve(settings: Settings, announce: Callable[[Endpoints], None]) -> None:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     allow_open_files()
-    # A thread that holds the GIL may keep the loop waiting for so long: the default of 5 ms is half a hundred requests.
-    sys.setswitchinterval(0.0005)
+    # A thread that holds the GIL may keep the loop waiting for so long, after each system call: the default of 5 ms is
+    # half a hundred requests, and a copy on write makes three calls while checkpoint and reclaim compute.
+    sys.setswitchinterval(0.0001)
     uvloop.run(run(settings, announce))
