@@ -158,8 +158,10 @@ class Metrics:
                     newest_s[volume.id] = newest_snapshot_s(reader, volume.id)
                 except DamagedRecord as error:
                     log.error("when volume %s was snapshotted cannot be told: %s", volume.name, error)
-            last_scrub_s = max((record.ended_s for record in results(reader)), default=0.0)
-            return StoredFigures(*trashed_chunks(reader), space, newest_s, last_scrub_s, len(standing(reader)))
+            scrubs = results(reader)
+            last_scrub_s = max((record.ended_s for record in scrubs), default=0.0)
+            standing_damage = len(standing(reader, scrubs))
+            return StoredFigures(*trashed_chunks(reader), space, newest_s, last_scrub_s, standing_damage)
 
 
 def _figures_of(opened: OpenVolume) -> VolumeFigures:

@@ -68,7 +68,8 @@ class Scrubbing:
     def results(self) -> Results:
         """Return the results of the last scrubs; raises MetadataFault."""
         with self._store.read() as reader:
-            return Results(tuple(results(reader)), tuple(standing(reader)))
+            scrubs = results(reader)
+            return Results(tuple(scrubs), tuple(standing(reader, scrubs)))
 
     async def work(self, job: Running) -> None:
         """Do a scrub job. Raises Moot where its volumes are gone, NotFound where its record is, MetadataFault."""

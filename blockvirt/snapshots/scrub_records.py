@@ -4,17 +4,18 @@ What takes a ``Reader`` or a ``Writer`` runs inside one transaction of the store
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from blockvirt.errors import DamagedRecord, InUse, NotFound
 from blockvirt.ids import new_id
 from blockvirt.limits import KEPT_SCRUBS
 from blockvirt.lun.address import chunk_of, file_of
-from blockvirt.meta.keys import Table, number_key, pair_key, split_pair, volume_branch_key
+from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, ScrubFinding, ScrubRecord, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.volumes.checksums import find_checksum
+from blockvirt.volumes.deletion import branches_of
 from blockvirt.volumes.job_records import queue_job
 from blockvirt.volumes.job_states import FINISHED
 from blockvirt.volumes.transactions import locate
@@ -42,7 +43,7 @@ class Wish:
 def results(reader: Reader) -> list[ScrubRecord]:
     """Return the scrubs that are remembered, the newest first; damaged records are left out."""
     found = []
-    for key, _ in Reader.scan(reader, Table.SCRUBS):
+    for key, _ in reader.scan(Table.SCRUBS):
         try:
             record = reader.record(ScrubRecord, Table.SCRUBS, key)
         except DamagedRecord as error:
@@ -128,7 +129,7 @@ def _forget_oldest(writer: Writer) -> None:
 def files_of_volumes(reader: Reader, volume_ids: Sequence[str]) -> frozenset[int]:
     """Return the backing files that some volumes and their snapshots may see chunks of, their origins' included."""
     seen: set[int] = set()
-    left = [branch for each in volume_ids for branch in _branches(reader, each)]
+    left = [branch for each in volume_ids for branch in branches_of(reader, each)]
     while left:
         number = left.pop()
         if number in seen or reader.get(Table.BRANCHES, number_key(number)) is None:
@@ -142,12 +143,6 @@ def files_of_volumes(reader: Reader, volume_ids: Sequence[str]) -> frozenset[int
     return frozenset(
         split_pair(key)[1] for number in seen for key, _ in reader.scan(Table.BRANCH_FILES, prefix=number_key(number))
     )
-
-
-def _branches(reader: Reader, volume_id: str) -> Iterator[int]:
-    prefix = volume_branch_key(volume_id, 0)[:-16]
-    for key, _ in reader.scan(Table.VOLUME_BRANCHES, prefix=prefix):
-        yield int(key[-16:], 16)
 
 
 # --- what is still so ------------------------------------------------------------------------------------------------
@@ -180,13 +175,13 @@ def is_kept(reader: Reader, number: int) -> bool:
     return bool(branch.head_epoch) or any(True for _ in reader.scan(Table.POINTS, prefix=number_key(file.branch)))
 
 
-def standing(reader: Reader) -> list[ScrubFinding]:
-    """Return the damage that the last scrubs found and nothing says is gone.
+def standing(reader: Reader, scrubs: Iterable[ScrubRecord]) -> list[ScrubFinding]:
+    """Return the damage that the last scrubs (``results``) found and nothing says is gone.
 
     That of the last scrub of everything that came to its end, and of whatever was read later.
     """
     found: dict[tuple[str, str, int, int], ScrubFinding] = {}
-    for record in results(reader):
+    for record in scrubs:
         for finding in record.findings:
             place = (finding.kind, finding.path, finding.address, finding.offset_bytes)
             if _stands(reader, finding):

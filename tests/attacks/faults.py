@@ -92,11 +92,8 @@ def _run_in_two(budget: Budget) -> tuple[Outcome, set[Site]]:
     for receiving, process in parts:
         mine, sites = receiving.recv()
         process.join()
-        outcome.tried += mine.tried
-        outcome.failures += mine.failures
+        outcome.include(mine)
         hit_sites |= sites
-        for figure, value in mine.figures.items():
-            outcome.add(figure, value)
     return outcome, hit_sites
 
 

@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tests.attacks.attack import Attack, Level
+from tests.attacks.attack import Attack, Level, Outcome
 from tests.attacks.catalogue import ATTACKS, load
 from tests.attacks.slices import JOBS, Done, Slice, Work, print_table, side_by_side
 
@@ -103,16 +104,19 @@ def next_slices(attacks: Sequence[Attack], done: list[Row]) -> Iterator[Slice]:
 
 
 def rows_of(slices: Iterable[tuple[Work, Done]], day: str, commit: str) -> list[Row]:
-    """Return a row for each attack that slices were done of."""
-    rows: dict[str, Row] = {}
+    """Return a row for each attack that slices were done of; together those of one attack are neighbours."""
+    outcomes, seeds, seconds = dict[str, Outcome](), dict[str, int](), Counter[str]()
     for work, done in slices:
         assert isinstance(work, Slice)
-        outcome = done.outcome
-        figures = ", ".join(f"{name}: {value}" for name, value in outcome.figures.items())
+        outcomes.setdefault(work.attack, Outcome()).include(done.outcome)
+        seeds[work.attack] = min(work.seed, seeds.get(work.attack, work.seed))
+        seconds[work.attack] += round(done.seconds)
+    rows = []
+    for name, outcome in outcomes.items():
+        figures = ", ".join(f"{figure}: {value}" for figure, value in outcome.figures.items())
         broken = len(outcome.failures)
-        row = Row(day, commit, work.attack, work.seed, outcome.tried, broken, round(done.seconds), figures)
-        rows[work.attack] = merged(rows[work.attack], row) if work.attack in rows else row
-    return list(rows.values())
+        rows.append(Row(day, commit, name, seeds[name], outcome.tried, broken, seconds[name], figures))
+    return rows
 
 
 def summary(attack: Attack, rows: list[Row]) -> tuple[str, ...]:
@@ -124,25 +128,6 @@ def summary(attack: Attack, rows: list[Row]) -> tuple[str, ...]:
         f"{trials:,} of {attack.trials[Level.SOAK]:,} {attack.unit}, up to seed {next_seed(rows, attack.name) - 1}",
         f"{broken} broken",
         f"{seconds:,} s",
-    )
-
-
-def merged(one: Row, other: Row) -> Row:
-    """Return slices of one part as one row: together they are neighbours."""
-    figures: dict[str, int] = {}
-    for cell in (one.figures, other.figures):
-        for figure in filter(None, cell.split(", ")):
-            name, _, value = figure.rpartition(": ")
-            figures[name] = figures.get(name, 0) + int(value)
-    return Row(
-        one.day,
-        one.commit,
-        one.attack,
-        min(one.first_seed, other.first_seed),
-        one.trials + other.trials,
-        one.broken + other.broken,
-        one.seconds + other.seconds,
-        ", ".join(f"{name}: {value}" for name, value in figures.items()),
     )
 
 
