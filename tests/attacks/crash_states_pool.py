@@ -29,6 +29,7 @@ class EnginePool:
         self.engine: Engine
         self._sealer: asyncio.Task[None] | None = None
         self._sessions = 0
+        self._runs = False
 
     async def start(self, *, sealing: bool = False) -> None:
         """Start the engine: recover, then serve; with ``sealing`` snapshots get their checksums."""
@@ -38,11 +39,15 @@ class EnginePool:
         self._catalogue = Catalogue(engine.store, engine.registry, engine.storage, trash_s=0)
         self._snapshots = Snapshots(engine, self._readers)
         self._cloning = Cloning(engine.store, self._catalogue, self._snapshots)
+        self._runs = True
         if sealing:
             self._sealer = asyncio.create_task(Sealer(engine).run())
 
     async def close(self) -> None:
-        """Stop the engine."""
+        """Stop the engine, if it runs."""
+        if not self._runs:
+            return
+        self._runs = False
         if self._sealer is not None:
             self._sealer.cancel()
             await asyncio.wait([self._sealer])

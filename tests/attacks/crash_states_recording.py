@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blockvirt.errors import BlockvirtError
 from blockvirt.units import MIB
 from tests.attacks.crash_states_log import Recorder, recorded
 from tests.attacks.crash_states_pool import EnginePool
@@ -79,10 +80,15 @@ async def record(number: int, kind: str, folder: Path, mountpoint: Path) -> Reco
         copy_sparse(data.fileno(), base.fileno())
     with recorded(folder / "data", folder / "log", folder) as recorder:
         disk = Disk(recorder.device, kind, mountpoint)
+        session = _Session(number, disk, recorder)
         try:
-            return await _Session(number, disk, recorder).run()
+            await session.run()
+        except* BlockvirtError as errors:
+            session.done.problems.append(f"an error that nothing was done for: {errors.exceptions!r}")
         finally:
+            await session.pool.close()
             disk.close()
+        return session.done
 
 
 class _Session:
@@ -94,7 +100,7 @@ class _Session:
         self.model = PoolModel(recorder.durable)
         self.done = Recording(disk.kind)
 
-    async def run(self) -> Recording:
+    async def run(self) -> None:
         done, model = self.done, self.model
         self.disk.mount()
         await self.pool.start(sealing=True)
@@ -105,6 +111,8 @@ class _Session:
             volume.life.made.answered = model.clock()
         done.ready_at = model.clock()
         await self._work(cut=True)
+        if done.problems:
+            return
         await self.pool.close()
         self.disk.unmount()
         done.eras.append((0, copy.deepcopy(model)))
@@ -120,7 +128,6 @@ class _Session:
             await self._work(cut=False)
         await self.pool.close()
         self.disk.unmount()
-        return done
 
     async def _work(self, *, cut: bool) -> None:
         requests = self.dice.randrange(*REQUESTS)

@@ -17,7 +17,7 @@ from blockvirt.check import CLEAN, LEAKS
 from blockvirt.check import run as run_check
 from blockvirt.units import KIB, MIB
 from tests.attacks.attack import Attack, Budget, Level, Outcome
-from tests.attacks.power_cuts_daemon import DaemonPool, Zygote
+from tests.attacks.power_cuts_daemon import DaemonFailed, DaemonPool, Zygote
 from tests.attacks.power_cuts_disk import (
     FLUSH_LOG,
     LOSE_LOG,
@@ -28,7 +28,7 @@ from tests.attacks.power_cuts_disk import (
     random_file,
     with_own_mounts,
 )
-from tests.attacks.power_cuts_load import End, Load, examine
+from tests.attacks.power_cuts_load import REFUSALS, End, Load, examine
 from tests.attacks.power_cuts_model import SECTOR_BYTES, PoolModel
 
 CUTS = 5  # in one history
@@ -56,6 +56,8 @@ class History:
         """Work, cut, look; until a promise is broken."""
         try:
             await self._run()
+        except* (DaemonFailed, *REFUSALS) as errors:
+            self.outcome.fail(self.seed, f"an error that nothing was done for: {errors.exceptions!r}")
         finally:
             await self.pool.forget()
 

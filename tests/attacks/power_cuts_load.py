@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import Any, Protocol
 
+from blockvirt.errors import BlockvirtError
+from blockvirt.nbd.client import NbdClientError
 from tests.attacks.power_cuts_model import (
     Allowed,
     PoolModel,
@@ -27,6 +29,8 @@ from tests.attacks.power_cuts_model import (
 MAX_VOLUMES, MAX_SNAPSHOTS = 5, 8
 _STORM_SHARE, _STORM_WRITES = 8, 12  # the part of a volume that is written to while a snapshot is taken, and how often
 _LINGERING_REQUESTS = 100  # that are sent after the power was cut
+REFUSALS = (BlockvirtError, NbdClientError)
+"""What a pool that does not do what it is asked for raises."""
 
 
 class Kind(StrEnum):
@@ -372,7 +376,11 @@ async def examine(pool: Pool, model: PoolModel, at: int) -> Found:
         for name in names:
             if name not in known:
                 continue  # told among the problems
-            data = await pool.read(name)
+            try:
+                data = await pool.read(name)
+            except REFUSALS as error:
+                found.problems.append(f"{name} cannot be read: {error!r}")
+                continue
             if problem := judge(name, data, known[name]):
                 found.problems.append(problem)
             into[name] = writers(data)
