@@ -127,6 +127,7 @@ class Trial:
                 return found.problems[0]
             cut = self.dice.random() < 0.25
             if cut:
+                pool.hold_metadata()
                 self.replay.disk.shut_down()
         finally:
             await pool.close()

@@ -1,9 +1,11 @@
 """A pool in this process, driven as sessions and the API would; ``power_cuts_load.Pool``."""
 
 import asyncio
+import ctypes
 from pathlib import Path
 
 from blockvirt.device import Readable, read_one
+from blockvirt.meta.datafile import DATA_FILE
 from blockvirt.snapshots.catalogue import Snapshots
 from blockvirt.snapshots.cloning import Cloning, NewClone
 from blockvirt.snapshots.reader import SnapshotHandle
@@ -17,6 +19,7 @@ from blockvirt.volumes.requests import NewVolume
 from tests.attacks.power_cuts_load import Kind, Request, Volume
 from tests.attacks.power_cuts_model import SECTOR_BYTES
 
+_libc = ctypes.CDLL(None, use_errno=True)
 SETTINGS = EngineSettings(chunk_bytes=4 * KIB, metadata_reserve_bytes=MIB)
 
 
@@ -55,6 +58,18 @@ class EnginePool:
         await self._readers.close()
         await self._snapshots.close()
         await self.engine.close()
+
+    def hold_metadata(self) -> None:
+        """Keep the pages of LMDB's map in memory, before the filesystem dies under this process.
+
+        What the kernel has dropped by then cannot be read again: a SIGBUS. A daemon of its own may end so, but this
+        process has the model.
+        """
+        path = self.engine.store.path / DATA_FILE
+        (line, *_) = [each for each in Path("/proc/self/maps").read_text().splitlines() if each.endswith(f" {path}")]
+        start = int(line.partition("-")[0], 16)
+        if _libc.mlock(ctypes.c_void_p(start), ctypes.c_size_t(path.stat().st_size)) != 0:
+            raise OSError(ctypes.get_errno(), f"{path} cannot be held in memory")
 
     async def create(self, volume: str, size_bytes: int) -> None:
         """See Pool."""

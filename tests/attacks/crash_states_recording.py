@@ -139,6 +139,7 @@ class _Session:
 
     def _cut(self) -> End:
         # A sync that runs in a thread meanwhile may say that it succeeded: see DaemonPool.between_system_calls.
+        self.pool.hold_metadata()
         self.disk.shut_down()
         return End.DIES
 
