@@ -15,16 +15,7 @@ from typing import Any, Protocol
 
 from blockvirt.errors import BlockvirtError
 from blockvirt.nbd.client import NbdClientError
-from tests.attacks.power_cuts_model import (
-    Allowed,
-    PoolModel,
-    SnapshotModel,
-    Span,
-    VolumeModel,
-    content,
-    judge,
-    writers,
-)
+from tests.attacks.power_cuts_model import Allowed, PoolModel, SnapshotModel, Span, VolumeModel, content, judge, writers
 
 MAX_VOLUMES, MAX_SNAPSHOTS = 5, 8
 _STORM_SHARE, _STORM_WRITES = 8, 12  # the part of a volume that is written to while a snapshot is taken, and how often

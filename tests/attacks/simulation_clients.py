@@ -18,6 +18,7 @@ _WEIGHTS = {
     "zero": 14,
     "read": 12,
     "flush": 12,
+    "log": 8,
     "snapshot": 6,
     "group": 2,
     "delete_snapshot": 4,
@@ -227,6 +228,15 @@ class Clients:
             volume.flush(began)
             self.world.machine.note("flushed", volume.name, began)
             self.world.outcome.add("flushes answered")
+
+    async def log(self, volume: Volume) -> None:
+        """Small writes to a few places over and over, each followed by a flush, as the log of a database does them."""
+        for _ in range(self.dice.randrange(1, 6)):
+            async with self._using(volume) as handle:
+                cell = self.dice.randrange(min(4 * CHUNK_CELLS, handle.size_bytes // CELL))
+                write = volume.begin(self.world.number(), range(cell, cell + 1), self.world.tick())
+                await self._slow_write(volume, handle, write, range(cell, cell + 1))
+            await self.flush(volume)
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 
