@@ -25,13 +25,13 @@ from tests.attacks.planted.bugs import Bug, replacing
 _QUICK = 30
 
 
-async def _no_sync(volume: Volume) -> None:
-    for file in volume.files.unsynced():
-        file.unsynced_bytes = 0
+async def _no_sync(volume: Volume, *, also_grown: bool = False) -> None:
+    for file in volume.files.unsynced(also_grown=also_grown):
+        file.unsynced_bytes, file.grown = 0, False
 
 
-async def _sync_then_forget(volume: Volume) -> None:
-    files = volume.files.unsynced()
+async def _sync_then_forget(volume: Volume, *, also_grown: bool = False) -> None:
+    files = volume.files.unsynced(also_grown=also_grown)
 
     def sync_all() -> None:
         for file in files:
@@ -40,7 +40,7 @@ async def _sync_then_forget(volume: Volume) -> None:
     if files:
         await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
     for file in files:
-        file.unsynced_bytes = 0
+        file.unsynced_bytes, file.grown = 0, False
 
 
 def _in_flush_and_checkpoint(patch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ BUGS: tuple[Bug, ...] = (
         "a thread counts a write as unsynced before it is in the page cache",
         ("I3",),
         replacing(BackingFile, "write", _count_before),
-        600,
+        1_500,
     ),
     _bug("sim-sync-tried-again", "a failed sync is tried again", ("I7",), _sync_twice, 400),
     _bug(
@@ -387,6 +387,6 @@ BUGS: tuple[Bug, ...] = (
         "what a checkpoint syncs is in no later flush, although the journal has older data until the commit",
         ("I3",),
         _checkpoint_forgets_changes,
-        1_000,
+        2_500,
     ),
 )
