@@ -254,6 +254,7 @@ def _volumes(volumes: tuple[VolumeFigures, ...]) -> Iterator[Metric]:
         yield summary
     for name, meaning in (
         ("journal_appends", "Batches of map changes."),
+        ("embedded_flushes", "Flushes whose data went into the journal, for one sync instead of two."),
         ("slow_reads", "Reads that a thread did."),
         ("slow_writes", "Writes that a thread did."),
         ("copied_chunks", "Chunks copied on write."),

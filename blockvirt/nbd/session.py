@@ -190,6 +190,8 @@ class Session:
             if not dispatch.backlog and not self._receive():
                 if self._over:
                     return
+                if self._stats.in_flight:  # what this turn started waits for the loop, its reply for a thread
+                    looks, may_spin = 0, False
                 if looks > 0 and perf_counter() < deadline:
                     looks -= 1
                     continue

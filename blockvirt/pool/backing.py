@@ -9,10 +9,12 @@ import errno
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from blockvirt.errors import DeviceFault
+from blockvirt.limits import FLUSH_EMBED_BYTES, FLUSH_EMBED_RANGES
 from blockvirt.meta.records import FileRecord
 from blockvirt.syscalls import XFS, allocate, filesystem_type, punch_hole, zero_range
 
@@ -22,6 +24,7 @@ _READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
 # Between looks for what the disk is to bring, where no thread may wait for it: a quiet disk takes 0.1 ms, one that is
 # being synced up to 100 ms. After these 200 ms a thread waits all the same.
 _LOOKS_AFTER_S = (0.000_1, 0.000_16, 0.000_26, 0.000_4, 0.000_65, 0.001, *[0.002] * 100)
+_MORE_THAN_FITS = (0, FLUSH_EMBED_BYTES + 1)  # among the last changes: something that no copy of bytes brings back
 _FOLIO_BYTES = 2 << 20  # the page cache has no larger pieces (MAX_PAGECACHE_ORDER on x86-64), and each is aligned
 
 
@@ -39,9 +42,11 @@ class BackingFile:
 
     __slots__ = (
         "_chunk_shift",
+        "_last_changes",
         "_reads_lock",
         "device_id",
         "fd",
+        "grown",
         "live_change",
         "number",
         "path",
@@ -63,6 +68,11 @@ class BackingFile:
         self.reserved_chunks = 0
         self.unsynced_bytes = 0
         """Written since the last sync was noted; 0 means that a flush need not touch this file."""
+        self._last_changes: deque[tuple[int, int]] = deque(maxlen=FLUSH_EMBED_RANGES + 1)
+        """(position, length) of what was changed since the last flush, noted after each change. Threads append, so
+        whoever looks takes one after the other; where it is full, more may have been."""
+        self.grown = False
+        """Its size may not be durable: a sync must come before a flush speaks for chunks in it."""
         self.fd = -1
         self._chunk_shift = chunk_shift
         self._reads_lock = False
@@ -106,6 +116,7 @@ class BackingFile:
         if not self.used_chunks:
             os.ftruncate(self.fd, 0)  # nothing in it was ever handed out: what is there must not show
             sync_directory(self.path.parent)  # of one that is there already too: whoever made it may not have come here
+        self.grown = True
         self.reserved_chunks = os.fstat(self.fd).st_size >> self._chunk_shift
         if self.reserved_chunks < self.used_chunks:
             # Truncated from outside. What is left can be read; appending would fill the gap with zeros.
@@ -121,6 +132,7 @@ class BackingFile:
     def reserve(self, chunks: int) -> None:
         """Allocate space for ``chunks`` more behind the reserved ones. OSError ENOSPC where there is none."""
         allocate(self.fd, self.reserved_chunks << self._chunk_shift, chunks << self._chunk_shift)
+        self.grown = True  # before an address in there is handed out
         self.reserved_chunks += chunks
 
     def write(self, data: memoryview, position: int) -> None:
@@ -136,6 +148,23 @@ class BackingFile:
                 done += more
         finally:
             self.unsynced_bytes += len(data)
+            self._last_changes.append((position, len(data)))
+
+    def mapped_unwritten(self, length: int) -> None:
+        """Note that chunks were mapped which nothing was written to: their allocation must be durable."""
+        self.unsynced_bytes += length
+        self._last_changes.append(_MORE_THAN_FITS)
+
+    def take_last_changes(self) -> list[tuple[int, int]] | None:
+        """Return (position, length) of what was changed since the last call, and forget it; for a flush.
+
+        None where that is more than FLUSH_EMBED_RANGES ranges or FLUSH_EMBED_BYTES: only a sync can speak for it then.
+        """
+        taken: list[tuple[int, int]] = []
+        while self._last_changes:
+            taken.append(self._last_changes.popleft())
+        fits = len(taken) <= FLUSH_EMBED_RANGES and sum(length for _, length in taken) <= FLUSH_EMBED_BYTES
+        return taken if fits else None
 
     def read_cached(self, into: memoryview, position: int) -> bool:
         """Fill ``into`` from the page cache; False where that would block."""
@@ -189,6 +218,7 @@ class BackingFile:
         try:
             zero_range(self.fd, position, length)
             self.unsynced_bytes += length
+            self._last_changes.append(_MORE_THAN_FITS)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise

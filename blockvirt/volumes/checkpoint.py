@@ -197,7 +197,8 @@ def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
         volume.age_timer.cancel()
         volume.age_timer = None
     journal, files = volume.journal, _file_changes(volume)
-    changed = bool(volume.map.dirty or volume.freed or volume.dropped or files)
+    holds_data = journal is not None and journal.holds_data
+    changed = bool(volume.map.dirty or volume.freed or volume.dropped or files or holds_data)
     if not changed and not step:
         return None
     branch, epoch = volume.branch_record, volume.map.epoch

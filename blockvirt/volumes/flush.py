@@ -1,14 +1,22 @@
 """FLUSH and FUA: when the reply leaves, everything that was replied to before survives power loss (I3).
 
-One sync where the map did not change, two where it did: first the data, then a mark in the journal that speaks for
-the map changes made before the flush began. Who asks while one runs joins the next.
+One sync where the map did not change: of the data. Where it did, the journal must have a mark that speaks for the map
+changes made before the flush began, and what they name must be durable before the mark is. If little was written since
+the last flush the mark brings it along, and the journal alone is synced; else the data is synced first, then the mark.
+Who asks while one runs joins the next.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from blockvirt.limits import FLUSH_EMBED_BYTES
+from blockvirt.pool.backing import BackingFile
+from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.volume import Volume
+
+Changes = tuple[BackingFile, list[tuple[int, int]] | None]
+"""A file, and what was changed in it since the last flush (``BackingFile.take_last_changes``)."""
 
 
 class Flusher:
@@ -44,28 +52,59 @@ class Flusher:
         volume = self._volume
         volume.check()
         journal = volume.journal
-        upto = journal.map_sequence if journal is not None else 0
-        needs_mark = journal is not None and journal.needs_mark()
-        await sync_data(volume)
-        if journal is None or not needs_mark:
+        changes = [(file, file.take_last_changes()) for file in volume.files.open_files.values()]
+        # Also where data lies in the journal: it would overwrite what is only synced at home after a power cut.
+        if journal is None or not (journal.needs_mark() or journal.holds_data):
+            await sync_data(volume)
             return
-        volume.check()
+        upto = journal.map_sequence
         try:
-            marked = journal.mark(upto)
+            if not _embed(volume, journal, upto, changes):
+                await _sync_and_mark(volume, journal, upto)
         except OSError as error:
             raise volume.stop("its journal cannot be written", error) from error
-        assert marked, "room for marks is kept free, and a half-full journal asks for a checkpoint"
         await sync_guarded(volume, "its journal cannot be synced", journal.sync)
         journal.durable_sequence = max(journal.durable_sequence, upto)
 
 
-async def sync_data(volume: Volume) -> None:
+def _embed(volume: Volume, journal: Journal, upto: int, changes: Iterable[Changes]) -> bool:
+    """Append a mark with all that was written since the last flush; False where that is too much, or not in memory.
+
+    The files stay unsynced: a later mark without data may only speak for them when they are synced.
+    """
+    parts: list[tuple[int, int, bytes]] = []
+    for file, ranges in changes:
+        if ranges is None or file.grown:
+            return False
+        for position, length in ranges:
+            content = bytearray(length)
+            if not file.read_cached(memoryview(content), position):
+                return False
+            parts.append((file.number, position, bytes(content)))
+    if sum(len(content) for _, _, content in parts) > FLUSH_EMBED_BYTES or not journal.embed(upto, parts):
+        return False
+    if journal.half_full():
+        volume.checkpoint_due.set()
+    volume.stats.embedded_flushes += 1
+    return True
+
+
+async def _sync_and_mark(volume: Volume, journal: Journal, upto: int) -> None:
+    """Bring everything home, then append a mark that says so: data in the journal is void from there on."""
+    await sync_data(volume, also_grown=True)
+    volume.check()
+    marked = journal.mark(upto)
+    assert marked, "room for marks is kept free, and a half-full journal asks for a checkpoint"
+    journal.holds_data = False
+
+
+async def sync_data(volume: Volume, *, also_grown: bool = False) -> None:
     """Sync the files written since they were last noted. A failure stops the volume (I7)."""
-    files = volume.files.unsynced()
+    files = volume.files.unsynced(also_grown=also_grown)
     if not files:
         return
     for file in files:
-        file.unsynced_bytes = 0
+        file.unsynced_bytes, file.grown = 0, False
 
     def sync_all() -> None:
         for file in files:

@@ -8,6 +8,7 @@ store into a mapped file of a failed filesystem is a SIGBUS or silence, ``pwrite
 import errno
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from blockvirt.volumes.journal_frames import (
     CHANGE,
     MARK_FRAME_BYTES,
     Kind,
+    data_frame_bytes,
     first_generation,
     frame_bytes,
     pack,
+    pack_data,
     pack_mark,
 )
 
@@ -101,6 +104,8 @@ class Journal:
         """Number of the last frame with map changes."""
         self.durable_sequence = branch.covered_sequence
         """Map changes up to this frame survive power loss: by a durable mark, or by a checkpoint."""
+        self.holds_data = False
+        """There are DATA frames that no mark and no checkpoint has made void: a sync of the files is not enough."""
         self.appended_bytes = 0
         self._fds = fds
         self._file_bytes = file_bytes
@@ -164,6 +169,18 @@ class Journal:
         self._write(*pack_mark(self.generation, self.sequence + 1, upto, self.chain))
         return True
 
+    def embed(self, upto: int, parts: Sequence[tuple[int, int, bytes]]) -> bool:
+        """Append a mark for the frames up to ``upto`` that brings its data along; False where there is no room.
+
+        ``parts`` are (file, position, bytes). Raises OSError.
+        """
+        needed = data_frame_bytes(len(parts), sum(len(data) for _, _, data in parts))
+        if self._at + needed > self._file_bytes - _MARK_ROOM_BYTES:
+            return False
+        self._write(*pack_data(self.generation, self.sequence + 1, upto, parts, self.chain))
+        self.holds_data = True
+        return True
+
     def _write(self, frame: bytes, crc: int) -> None:
         assert self._at + len(frame) <= self._file_bytes
         written = os.pwrite(self._fds[self.generation & 1], frame, self._at)
@@ -188,6 +205,7 @@ class Journal:
     def covered(self, sequence: int) -> None:
         """Note that a committed checkpoint holds every frame up to ``sequence`` and the generation before this one."""
         self.durable_sequence = max(self.durable_sequence, sequence)
+        self.holds_data = False  # no flush comes between a freeze and its commit: all of them lie in what is covered
         self._may_switch = True
 
     def admit_device(self, device_id: str, identity: str) -> None:

@@ -1,6 +1,6 @@
 """The journal's frames: how map changes and flush marks are laid out, packed and read back. Pure.
 
-A frame is one batch of map changes or one mark, little-endian:
+A frame is one batch of map changes, one mark, or one mark with data, little-endian:
 
     crc u32 | kind u8, 3 bytes 0 | body length u32 | 0 u32 | generation u64 | sequence u64 | body
 
@@ -10,10 +10,12 @@ from an older generation of the same file never fits.
 
     MAP body:   n x (chunk u32, count u32, entry u64)   chunk + i now has entry + i; entry 0: count chunks are unmapped
     MARK body:  sequence u64                            every frame up to it, and the data it names, was synced before
+    DATA body:  sequence u64, n u64, n x (file u64, position u64, length u64), the bytes
+                a mark whose data may lie here alone: after a power cut the bytes go home, unless a MARK follows
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,6 +24,8 @@ from blockvirt.checksum import crc32c
 HEADER = struct.Struct("<IB3xIIQQ")
 CHANGE = struct.Struct("<IIQ")
 _MARK = struct.Struct("<Q")
+_DATA = struct.Struct("<QQ")
+_RANGE = struct.Struct("<QQQ")
 _CRC = struct.Struct("<I")
 _NUMBER = struct.Struct("<QQ")  # generation and sequence, the end of a header
 _NUMBER_AT = HEADER.size - _NUMBER.size
@@ -33,6 +37,10 @@ class Kind(IntEnum):
 
     MAP = 1
     MARK = 2
+    DATA = 3
+
+
+_KINDS = frozenset(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,19 @@ class Frame:
             yield Change(chunk, count, entry)
 
     def marked(self) -> int:
-        """Return the sequence that a MARK frame speaks for."""
-        assert self.kind is Kind.MARK
-        return int(_MARK.unpack(self.body)[0])
+        """Return the sequence that a MARK or DATA frame speaks for."""
+        assert self.kind in (Kind.MARK, Kind.DATA)
+        return int(_MARK.unpack_from(self.body)[0])
+
+    def data(self) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (file, position, bytes) of a DATA frame in order."""
+        assert self.kind is Kind.DATA
+        _, count = _DATA.unpack_from(self.body)
+        at = _DATA.size + count * _RANGE.size
+        for index in range(count):
+            file, position, length = _RANGE.unpack_from(self.body, _DATA.size + index * _RANGE.size)
+            yield file, position, self.body[at : at + length]
+            at += length
 
 
 def frame_bytes(changes: int) -> int:
@@ -83,6 +101,20 @@ def pack_mark(generation: int, sequence: int, upto: int, chain: int) -> tuple[by
     return pack(Kind.MARK, generation, sequence, _MARK.pack(upto), chain)
 
 
+def pack_data(
+    generation: int, sequence: int, upto: int, parts: Sequence[tuple[int, int, bytes]], chain: int
+) -> tuple[bytes, int]:
+    """Return a DATA frame for ``upto`` with (file, position, bytes) parts, and its crc."""
+    ranges = [_RANGE.pack(file, position, len(data)) for file, position, data in parts]
+    body = b"".join([_DATA.pack(upto, len(parts)), *ranges, *(data for _, _, data in parts)])
+    return pack(Kind.DATA, generation, sequence, body, chain)
+
+
+def data_frame_bytes(ranges: int, data_bytes: int) -> int:
+    """Return the size of a DATA frame with so many parts that hold so much together."""
+    return HEADER.size + _DATA.size + ranges * _RANGE.size + data_bytes
+
+
 def first_generation(log: bytes) -> int:
     """Return the generation that the frame at the start of ``log`` claims; 0 where there is none."""
     return int(HEADER.unpack_from(log)[4]) if len(log) >= HEADER.size else 0
@@ -97,7 +129,7 @@ def read_frames(log: bytes, generation: int, sequence: int, chain: int) -> Itera
     while at + HEADER.size <= len(log):
         crc, kind, body_bytes, _, found, number = HEADER.unpack_from(log, at)
         end = at + HEADER.size + body_bytes
-        if found != generation or number != sequence or end > len(log) or kind not in (Kind.MAP, Kind.MARK):
+        if found != generation or number != sequence or end > len(log) or kind not in _KINDS:
             return
         if crc32c(bytes(log[at + 4 : end]), chain) != crc:
             return

@@ -2,7 +2,8 @@
 
 Same page cache as the journal was written through (only the daemon died): every uncovered frame is replayed, nothing
 that was answered is lost, flushed or not (I3b). Another one (a reboot, a filesystem mounted anew), or the volume had
-stopped for I7: the oldest uncovered generation is replayed up to the last durable mark. A sync of recovery that fails
+stopped for I7: the oldest uncovered generation is replayed up to the last durable mark, and data that flushes left in
+the journal goes home. A sync of recovery that fails
 stops the volume as any other does: what answered writes left in the page cache may be gone, and whoever relies on it
 must be told.
 
@@ -103,6 +104,8 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     replay = _replay(context, branch, records, frames)
     files = _open(context, branch, records, replay)
     try:
+        if not complete:  # else what is at home is newer
+            _bring_home(files, _embedded(branch, found))
         for file in files:
             file.cut()
         try:
@@ -171,9 +174,9 @@ def _same_page_cache(context: VolumeContext, found: FoundJournal, records: list[
 def _frames(branch: BranchRecord, found: FoundJournal, *, complete: bool) -> list[Frame]:
     """Return the MAP frames to replay, in order."""
     oldest = branch.covered_generation + 1
-    frames = list(read_frames(found.logs[oldest & 1], oldest, branch.covered_sequence + 1, branch.journal_chain))
+    frames = _oldest_frames(branch, found)
     if not complete:
-        upto = max((frame.marked() for frame in frames if frame.kind is Kind.MARK), default=0)
+        upto = max((frame.marked() for frame in frames if frame.kind is not Kind.MAP), default=0)
         return [frame for frame in frames if frame.kind is Kind.MAP and frame.sequence <= upto]
     last = frames[-1] if frames else None
     sequence = last.sequence if last else branch.covered_sequence
@@ -182,6 +185,36 @@ def _frames(branch: BranchRecord, found: FoundJournal, *, complete: bool) -> lis
     later = list(read_frames(found.logs[(oldest + 1) & 1], oldest + 1, sequence + 1, chain))
     _refuse_damaged(branch, found, frames, later)
     return [frame for frame in frames + later if frame.kind is Kind.MAP]
+
+
+def _oldest_frames(branch: BranchRecord, found: FoundJournal) -> list[Frame]:
+    oldest = branch.covered_generation + 1
+    return list(read_frames(found.logs[oldest & 1], oldest, branch.covered_sequence + 1, branch.journal_chain))
+
+
+def _embedded(branch: BranchRecord, found: FoundJournal) -> list[Frame]:
+    """Return the DATA frames that count: behind the last mark without data, which says that all before it is home."""
+    embedded: list[Frame] = []
+    for frame in _oldest_frames(branch, found):
+        if frame.kind is Kind.MARK:
+            embedded.clear()
+        elif frame.kind is Kind.DATA:
+            embedded.append(frame)
+    return embedded
+
+
+def _bring_home(files: list[BackingFile], embedded: list[Frame]) -> None:
+    """Write what flushes left in the journal where it belongs. What lies behind a high-water mark is cut off after."""
+    by_number = {file.number: file for file in files}
+    for frame in embedded:
+        for number, position, data in frame.data():
+            if number not in by_number:
+                raise DamagedRecord(
+                    f"a journal has data of backing file {number}, which is not there",
+                    cause="the metadata is damaged, or older than the journal",
+                    correction="run 'blockvirt check'; the journal is kept",
+                )
+            by_number[number].write(memoryview(data), position)
 
 
 def _refuse_damaged(branch: BranchRecord, found: FoundJournal, frames: list[Frame], later: list[Frame]) -> None:

@@ -265,7 +265,7 @@ class SlowPath:
             await self._make_room([WriteStep(Action.ALLOCATE, chunk, count, 0, 0, 0, 0)])
         volume.check()
         file, entry = volume.tail.take(count)
-        file.unsynced_bytes += count << volume.chunk_shift  # the file's size, and the space reserved in it
+        file.mapped_unwritten(count << volume.chunk_shift)
         volume.stage(chunk, count, entry | FRESH)
         volume.settle()
 

@@ -10,6 +10,8 @@ class VolumeStats:
     journal_appends: int = 0
     flushes: int = 0
     flush_s: float = 0.0
+    embedded_flushes: int = 0
+    """Of the flushes: those whose data went into the journal, for one sync instead of two."""
     checkpoints: int = 0
     checkpoint_s: float = 0.0
     syncs: int = 0

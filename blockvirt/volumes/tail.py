@@ -75,9 +75,10 @@ class BranchFiles:
         """Note what the store has of a file now."""
         self.records[number] = replace(self.records[number], used_chunks=used_chunks, sealed=sealed)
 
-    def unsynced(self) -> list[BackingFile]:
-        """Return the files with writes that no sync covers yet."""
-        return [file for file in self.open_files.values() if file.unsynced_bytes]
+    def unsynced(self, *, also_grown: bool = False) -> list[BackingFile]:
+        """Return the files with writes that no sync covers yet; also those of which only the size is not durable."""
+        files = self.open_files.values()
+        return [file for file in files if file.unsynced_bytes or (also_grown and file.grown)]
 
     async def create(self, device_id: str, admit_device: AdmitDevice) -> BackingFile:
         """Add a backing file on a device; its record is durable before the file exists.

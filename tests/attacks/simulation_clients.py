@@ -18,6 +18,7 @@ _WEIGHTS = {
     "zero": 14,
     "read": 12,
     "flush": 12,
+    "log": 8,
     "snapshot": 6,
     "group": 2,
     "delete_snapshot": 4,
@@ -160,17 +161,16 @@ class Clients:
         async with self._using(volume) as handle:
             cells = self._range(volume, handle.size_bytes)
             if self.dice.random() < 0.5:  # whole chunks
-                cells = range(cells.start // CHUNK_CELLS * CHUNK_CELLS, -(-cells.stop // CHUNK_CELLS) * CHUNK_CELLS)
-                cells = range(cells.start, min(cells.stop, handle.size_bytes // CELL))
+                end = min(-(-cells.stop // CHUNK_CELLS) * CHUNK_CELLS, handle.size_bytes // CELL)
+                cells = range(cells.start // CHUNK_CELLS * CHUNK_CELLS, end)
             touched = {*cells}
             if self.dice.random() < 0.1:
                 cells = range(handle.size_bytes // CELL)
                 touched = {*volume.cells}.union(*runs(len(cells)))
             write = volume.begin(0, sorted(touched), self.world.tick())
             fua, punch = self.dice.random() < 0.1, len(cells) > 100 or self.dice.random() < 0.7
-            await self._one(
-                volume, write, handle.zero(cells.start * CELL, len(cells) * CELL, punch=punch, fua=fua), fua=fua
-            )
+            zeroed = handle.zero(cells.start * CELL, len(cells) * CELL, punch=punch, fua=fua)
+            await self._one(volume, write, zeroed, fua=fua)
 
     async def _one(self, volume: Volume, write: Write, request: Awaitable[None], *, fua: bool) -> None:
         began_s = self.world.machine.now_s()
@@ -227,6 +227,15 @@ class Clients:
             volume.flush(began)
             self.world.machine.note("flushed", volume.name, began)
             self.world.outcome.add("flushes answered")
+
+    async def log(self, volume: Volume) -> None:
+        """Small writes to a few places over and over, each followed by a flush, as the log of a database does them."""
+        for _ in range(self.dice.randrange(1, 6)):
+            async with self._using(volume) as handle:
+                cell = self.dice.randrange(min(4 * CHUNK_CELLS, handle.size_bytes // CELL))
+                write = volume.begin(self.world.number(), range(cell, cell + 1), self.world.tick())
+                await self._slow_write(volume, handle, write, range(cell, cell + 1))
+            await self.flush(volume)
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 
@@ -307,10 +316,7 @@ class Clients:
     async def clone(self, volume: Volume) -> None:
         """A volume that comes from a snapshot."""
         snapshot = self._of(volume)
-        if snapshot is None or self._are_enough():
-            return
-        await self.world.look_at_snapshot(volume, snapshot)
-        if not snapshot.is_looked_at or snapshot.is_going:
+        if snapshot is None or self._are_enough() or not await self._is_seen(volume, snapshot):
             return
         made = Volume(f"v{self.world.number()}")
         made.content(snapshot, self.world.tick())
@@ -323,13 +329,14 @@ class Clients:
             self.world.making -= 1
         self.world.outcome.add("clones")
 
+    async def _is_seen(self, volume: Volume, snapshot: Snapshot) -> bool:
+        await self.world.look_at_snapshot(volume, snapshot)
+        return snapshot.is_looked_at and not snapshot.is_going
+
     async def revert(self, volume: Volume) -> None:
         """A volume goes back to a snapshot."""
         snapshot = self._of(volume)
-        if snapshot is None:
-            return
-        await self.world.look_at_snapshot(volume, snapshot)
-        if not snapshot.is_looked_at or snapshot.is_going:
+        if snapshot is None or not await self._is_seen(volume, snapshot):
             return
         async with self.world.alone(volume):
             name = f"s{self.world.number()}" if self.dice.random() < 0.5 else ""
@@ -383,14 +390,8 @@ class Clients:
 
     def fault(self) -> None:
         """Something goes wrong for a while."""
-        faults = self.world.machine.faults
-        kind = self.dice.choice(("short", "full", "sync", "write")) if self.world.has_errors else "short"
-        if kind == "short":
-            faults.write_is_short = 0.5
-        elif kind == "full":
-            faults.is_full = True
-        elif kind == "sync":
-            faults.sync_fails = 0.3
-        else:
-            faults.write_fails = 0.1
+        errors = {"sync_fails": 0.3, "write_fails": 0.1} if self.world.has_errors else {}
+        kinds = {"write_is_short": 0.5} | errors | ({"is_full": True} if errors else {})
+        name = self.dice.choice(list(kinds))
+        setattr(self.world.machine.faults, name, kinds[name])
         asyncio.get_running_loop().call_later(self.dice.choice((1e-3, 0.05, 0.5)), self.world.mend)

@@ -83,34 +83,6 @@ async def test_a_power_cut_takes_exactly_what_was_not_flushed(pool: Pool) -> Non
     await handle.close()
 
 
-async def test_a_flush_syncs_data_then_the_mark_and_only_once_each(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = await pool.open(await pool.volume(SIZE))
-    await write(handle, 0, b"a" * 4096)  # opens the journal
-    await handle.flush()
-    order: list[str] = []
-    real = os.fdatasync
-
-    def fdatasync(fd: int) -> None:
-        order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).parent.name)
-        real(fd)
-
-    monkeypatch.setattr(os, "fdatasync", fdatasync)
-    await handle.flush()
-    assert order == []  # nothing was written since
-    await write(handle, 0, b"b" * 4096)
-    await handle.flush()
-    assert order == ["files"]  # the map did not change: one sync
-    order.clear()
-    await write(handle, 4096, b"c" * 4096)
-    await handle.flush()
-    assert order == ["files", "journal"]
-    order.clear()
-    await handle.zero(0, 4096, punch=True)
-    await handle.flush()
-    assert order == ["journal"]
-    await handle.close()
-
-
 async def test_frozen_leaves_do_not_change_while_their_checkpoint_is_written(pool: Pool) -> None:
     handle = await pool.open(await pool.volume(SIZE))
     await write(handle, 0, b"a" * 4096)

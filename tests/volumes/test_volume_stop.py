@@ -47,7 +47,7 @@ async def test_a_failed_sync_stops_the_volume_for_good(
     handle = await pool.open(volume_id)
     await write(handle, 0, b"flushed!" * 512)
     await handle.flush()
-    await write(handle, 4096, b"not" * 1000)
+    await write(handle, 4096, b"not" * 20_000)  # more than a flush takes into the journal
     with monkeypatch.context() as patched:
         failing = FailingSyncs(patched, folder)
         with pytest.raises(VolumeStopped):
@@ -73,10 +73,10 @@ async def test_a_failed_sync_stops_the_volume_for_good(
         await pool.open(volume_id)
     await pool.engine.registry.reopen(volume_id)
     handle = await pool.open(volume_id)
-    content = await read(handle, 0, 8192)
+    content = await read(handle, 0, 65536)
     assert content[:4096] == b"flushed!" * 512
     if folder == "files":  # where the mark could not be synced, what it speaks for may be there or not
-        assert content[4096:] == bytes(4096)
+        assert not any(content[4096:])
     await handle.close()
     assert not findings(pool)
 

@@ -17,13 +17,13 @@ from tests.attacks.planted.bugs import Bug, replacing
 ATTACK = "crash_states"
 
 
-async def _no_sync(volume: Volume) -> None:
-    for file in volume.files.unsynced():
-        file.unsynced_bytes = 0
+async def _no_sync(volume: Volume, *, also_grown: bool = False) -> None:
+    for file in volume.files.unsynced(also_grown=also_grown):
+        file.unsynced_bytes, file.grown = 0, False
 
 
-async def _noted_afterwards(volume: Volume) -> None:
-    files = volume.files.unsynced()
+async def _noted_afterwards(volume: Volume, *, also_grown: bool = False) -> None:
+    files = volume.files.unsynced(also_grown=also_grown)
 
     def sync_all() -> None:
         for file in files:
@@ -31,7 +31,7 @@ async def _noted_afterwards(volume: Volume) -> None:
 
     await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
     for file in files:
-        file.unsynced_bytes = 0  # what was written meanwhile is not looked for any more
+        file.unsynced_bytes, file.grown = 0, False  # what was written meanwhile is not looked for any more
 
 
 async def _mark_first(self: Flusher) -> None:

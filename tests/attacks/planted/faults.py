@@ -126,7 +126,7 @@ BUGS: tuple[Bug, ...] = (
         "after a failed sync the volume goes on; the next flush finds nothing to do",
         ("I3", "I7"),
         replacing(flush, "sync_guarded", _sync_guarded),
-        Cell(_DATA_SYNC, "ENOSPC", ONCE, 2),
+        Cell(_DATA_SYNC, "ENOSPC", ONCE, 4),
     ),
     _bug(
         "a-failed-punch-loses-its-row",
@@ -141,7 +141,7 @@ BUGS: tuple[Bug, ...] = (
         "the next recovery takes the page cache for whole",
         ("I7",),
         replacing(recovery, "_note_stop", _note_nothing),
-        Cell(_DATA_SYNC, "EIO", ALWAYS, 8),
+        Cell(_DATA_SYNC, "EIO", ALWAYS, 7),
         "kill",
     ),
     _bug(

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
+from blockvirt.meta.records import BranchRecord, FileRecord
 from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
-from blockvirt.volumes import checkpoint, commit, flush, journal
-from blockvirt.volumes.journal import Journal
+from blockvirt.volumes import checkpoint, commit, flush, journal, recovery
+from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.journal import FoundJournal, Journal
+from blockvirt.volumes.journal_frames import Frame, Kind
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import InPlace
 from blockvirt.volumes.slow_path import SlowPath
@@ -22,13 +25,13 @@ from tests.attacks.planted.bugs import Bug, replacing
 _QUICK = 30
 
 
-async def _no_sync(volume: Volume) -> None:
-    for file in volume.files.unsynced():
-        file.unsynced_bytes = 0
+async def _no_sync(volume: Volume, *, also_grown: bool = False) -> None:
+    for file in volume.files.unsynced(also_grown=also_grown):
+        file.unsynced_bytes, file.grown = 0, False
 
 
-async def _sync_then_forget(volume: Volume) -> None:
-    files = volume.files.unsynced()
+async def _sync_then_forget(volume: Volume, *, also_grown: bool = False) -> None:
+    files = volume.files.unsynced(also_grown=also_grown)
 
     def sync_all() -> None:
         for file in files:
@@ -37,7 +40,7 @@ async def _sync_then_forget(volume: Volume) -> None:
     if files:
         await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
     for file in files:
-        file.unsynced_bytes = 0
+        file.unsynced_bytes, file.grown = 0, False
 
 
 def _in_flush_and_checkpoint(patch: pytest.MonkeyPatch) -> None:
@@ -134,6 +137,7 @@ def _mark_the_newest(patch: pytest.MonkeyPatch) -> None:
 
 def _count_before(self: BackingFile, data: memoryview, position: int) -> None:
     self.unsynced_bytes += len(data)
+    self._last_changes.append((position, len(data)))
     done = 0
     while done < len(data):
         done += os.pwrite(self.fd, data[done:], position + done)
@@ -164,6 +168,84 @@ def _sync_no_directory(patch: pytest.MonkeyPatch) -> None:
 
 def _free_what_snapshots_see(_: Any, change: Any) -> list[int]:
     return [address for _, address in change.dropped]
+
+
+def _embedded_is_synced(patch: pytest.MonkeyPatch) -> None:
+    embed = flush._embed
+
+    def wrong(volume: Volume, journal: Journal, upto: int, changes: list[flush.Changes]) -> bool:
+        done = embed(volume, journal, upto, changes)
+        for file, _ in changes if done else ():
+            file.unsynced_bytes = 0
+        return done
+
+    patch.setattr(flush, "_embed", wrong)
+
+
+def _never_void(branch: BranchRecord, found: FoundJournal) -> list[Frame]:
+    return [frame for frame in recovery._oldest_frames(branch, found) if frame.kind is Kind.DATA]
+
+
+def _bring_home_always(patch: pytest.MonkeyPatch) -> None:
+    replay = recovery._replay
+
+    def wrong(
+        context: VolumeContext, branch: BranchRecord, records: list[FileRecord], frames: list[Frame]
+    ) -> recovery.Replay:
+        done = replay(context, branch, records, frames)
+        if (found := _found(context, branch)) is not None:
+            for number, position, data in (
+                part for frame in recovery._embedded(branch, found) for part in frame.data()
+            ):
+                path = backing.backing_path(
+                    context.storage.path_of(next(each.device_id for each in records if each.number == number)),
+                    branch.number,
+                    number,
+                )
+                with path.open("r+b", buffering=0) as file:
+                    os.pwrite(file.fileno(), data, position)
+        return done
+
+    patch.setattr(recovery, "_replay", wrong)
+
+
+def _found(context: VolumeContext, branch: BranchRecord) -> FoundJournal | None:
+    for device_id, folder in context.storage.paths().items():
+        if (found := journal.read_journal(folder, device_id, branch.number)) is not None:
+            return found
+    return None
+
+
+def _data_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    embed = Journal.embed
+
+    def wrong(self: Journal, upto: int, parts: list[tuple[int, int, bytes]]) -> bool:
+        done = embed(self, upto, parts)
+        self.holds_data = False
+        return done
+
+    patch.setattr(Journal, "embed", wrong)
+
+
+def _size_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    reserve = BackingFile.reserve
+
+    def wrong(self: BackingFile, chunks: int) -> None:
+        reserve(self, chunks)
+        self.grown = False
+
+    patch.setattr(BackingFile, "reserve", wrong)
+
+
+def _checkpoint_forgets_changes(patch: pytest.MonkeyPatch) -> None:
+    sync = flush.sync_data
+
+    async def wrong(volume: Volume) -> None:
+        for file in volume.files.open_files.values():
+            file.take_last_changes()
+        await sync(volume)
+
+    patch.setattr(checkpoint, "sync_data", wrong)
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -252,7 +334,7 @@ BUGS: tuple[Bug, ...] = (
         "a thread counts a write as unsynced before it is in the page cache",
         ("I3",),
         replacing(BackingFile, "write", _count_before),
-        600,
+        1_500,
     ),
     _bug("sim-sync-tried-again", "a failed sync is tried again", ("I7",), _sync_twice, 400),
     _bug(
@@ -264,5 +346,47 @@ BUGS: tuple[Bug, ...] = (
         ("I5", "I6"),
         replacing(commit, "_no_longer_held", _free_what_snapshots_see),
         30,
+    ),
+    _bug(
+        "sim-embedded-counts-as-synced",
+        "a mark without data speaks for files whose data went into the journal only",
+        ("I1", "I3"),
+        _embedded_is_synced,
+        400,
+    ),
+    _bug(
+        "sim-data-never-void",
+        "recovery writes older data of the journal over what was synced at home since",
+        ("I3",),
+        replacing(recovery, "_embedded", _never_void),
+        400,
+    ),
+    _bug(
+        "sim-data-after-sigkill",
+        "recovery writes data of the journal over newer writes where the page cache is whole",
+        ("I3b",),
+        _bring_home_always,
+        400,
+    ),
+    _bug(
+        "sim-data-forgotten",
+        "a flush syncs at home alone although the journal has older data",
+        ("I3",),
+        _data_is_forgotten,
+        400,
+    ),
+    _bug(
+        "sim-size-not-durable",
+        "a flush speaks for chunks behind the size that the disk knows",
+        ("I3",),
+        _size_is_not_looked_at,
+        400,
+    ),
+    _bug(
+        "sim-checkpoint-forgets-changes",
+        "what a checkpoint syncs is in no later flush, although the journal has older data until the commit",
+        ("I3",),
+        _checkpoint_forgets_changes,
+        2_500,
     ),
 )
