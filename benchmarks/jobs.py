@@ -1,14 +1,20 @@
-"""What is measured: each cell is one fio job with the nbd engine, the same for every server."""
+"""What is measured: the cells of the report, each the same for every server.
+
+Most are one fio job with the nbd engine. Those that allocate in bulk end after a share of the volume, not after a time:
+the work is the same for all then, while a fast server given time would go on to blocks that are allocated already.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Ground(StrEnum):
-    """What a cell runs on."""
+class State(StrEnum):
+    """How a cell finds its volume."""
 
-    FRESH = "fresh"  # a volume made for this one measurement, nothing of it allocated
-    FILLED = "filled"  # the server's long-lived volume, written once from end to end
+    FRESH = "fresh"  # made for this one measurement, nothing of it allocated
+    FILLED = "filled"  # the server's long-lived one, written once from end to end
+    SNAPSHOT = "snapshot"  # made for this one, filled, and a snapshot taken
+    COPIED = "copied"  # made for this one, the half-empty image copied into it
 
 
 class Unit(StrEnum):
@@ -18,70 +24,138 @@ class Unit(StrEnum):
     MBPS = "MB/s"
 
 
+class Role(StrEnum):
+    """Who is measured in a cell, and compared with."""
+
+    OURS = "blockvirt"
+    QCOW2 = "best qcow2"  # in each figure the better of its servers
+    PLAIN = "nbdkit file"  # no copy-on-write, no map
+    FLOOR = "C floor"  # no storage either
+    BARE = "bare file"  # no server either
+
+
+PEERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN})
+WITH_FLOOR = PEERS | {Role.FLOOR}
+WITH_BARE = PEERS | {Role.BARE}
+WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One row of the report. `whole` cells write the volume once, the others run for the time that was asked for."""
+    """One row of the report: a fio job. Without a `share` it runs for the time that was asked for."""
 
     name: str
     title: str
-    ground: Ground
+    state: State
     unit: Unit
     options: tuple[str, ...]
-    whole: bool = False
+    share: float | None = None
+    """Of the volume's bytes: when so many were transferred, the job ends."""
+    roles: frozenset[Role] = PEERS
 
-    def command(self, uri: str, size_bytes: int, runtime_s: float, output: str) -> list[str]:
-        """fio's command line for this cell against a volume."""
-        # fio stops at whichever comes first; a fresh volume must not come round again, or it were fresh no more.
-        bound = [f"--runtime={max(1, round(runtime_s * 1000))}ms"]
-        if self.whole:
-            bound = []
-        elif self.ground is Ground.FILLED:
-            bound.append("--time_based=1")
-        common = [f"--uri={uri}", f"--size={size_bytes}", "--group_reporting=1"]
+    @property
+    def reads(self) -> bool:
+        """Whether it reads, so that its volume has to be in the page cache."""
+        return any(option.startswith("--rw=") and "write" not in option for option in self.options)
+
+    def command(self, engine: tuple[str, ...], size_bytes: int, runtime_s: float, output: str) -> list[str]:
+        """fio's command line for this cell against a volume that `engine` reaches."""
+        if self.share is not None:
+            bound = [f"--io_size={int(size_bytes * self.share)}"]
+        else:
+            # fio stops at whichever comes first; a fresh volume must not come round again, or it were fresh no more.
+            bound = [f"--runtime={max(1, round(runtime_s * 1000))}ms"]
+            if self.state is State.FILLED:
+                bound.append("--time_based=1")
+        common = [f"--size={size_bytes}", "--group_reporting=1", *self.options, *bound]
         # JSON goes to a file: on standard output fio's nbd engine says "connected to NBD server" in front of it.
-        written = ["--output-format=json", f"--output={output}"]
-        return ["fio", f"--name={self.name}", "--ioengine=nbd", *common, *self.options, *bound, *written]
+        return ["fio", f"--name={self.name}", *common, *engine, "--output-format=json", f"--output={output}"]
 
 
-def _cell(name: str, title: str, ground: Ground, unit: Unit, *options: str, whole: bool = False) -> Cell:
-    return Cell(name, title, ground, unit, tuple(f"--{option}" for option in options), whole)
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One row of the report: nbdcopy with its defaults, a half-empty image into a new volume or a volume to null."""
+
+    name: str
+    title: str
+    state: State
+    unit: Unit = Unit.MBPS
+    """Of data; holes do not count."""
+    roles: frozenset[Role] = PEERS
+
+    def command(self, uri: str, image: str) -> list[str]:
+        """nbdcopy's command line against a volume."""
+        return ["nbdcopy", image, uri] if self.state is State.FRESH else ["nbdcopy", uri, "null:"]
 
 
-FRESH, FILLED, IOPS, MBPS = Ground.FRESH, Ground.FILLED, Unit.IOPS, Unit.MBPS
+Measurable = Cell | Copy
 
-CELLS = (
-    _cell("seq-fresh", "1 MiB sequential write, fresh, QD8", FRESH, MBPS, "rw=write", "bs=1M", "iodepth=8", whole=True),
-    _cell("seq-again", "1 MiB sequential write, again, QD8", FILLED, MBPS, "rw=write", "bs=1M", "iodepth=8"),
-    _cell("seq-read", "1 MiB sequential read, QD8", FILLED, MBPS, "rw=read", "bs=1M", "iodepth=8"),
-    _cell("read-32", "4 KiB random read, QD32", FILLED, IOPS, "rw=randread", "bs=4k", "iodepth=32"),
-    _cell("write-32", "4 KiB random write, QD32", FILLED, IOPS, "rw=randwrite", "bs=4k", "iodepth=32"),
-    _cell("read-1", "4 KiB random read, QD1", FILLED, IOPS, "rw=randread", "bs=4k", "iodepth=1"),
-    _cell("write-1", "4 KiB random write, QD1", FILLED, IOPS, "rw=randwrite", "bs=4k", "iodepth=1"),
-    _cell("write-fresh-32", "4 KiB random write, fresh, QD32", FRESH, IOPS, "rw=randwrite", "bs=4k", "iodepth=32"),
-    _cell("mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, IOPS, "rw=randrw", "rwmixread=70", "bs=16k", "iodepth=16"),
-    # fsync=1 is a FLUSH after every write and before the next; the engine knows no fdatasync.
-    _cell("flush-1", "4 KiB write + flush, QD1", FILLED, IOPS, "rw=randwrite", "bs=4k", "iodepth=1", "fsync=1"),
-    _cell(
-        "flush-fresh-1", "4 KiB write + flush, fresh, QD1", FRESH, IOPS, "rw=randwrite", "bs=4k", "iodepth=1", "fsync=1"
+
+def _cell(
+    name: str,
+    title: str,
+    state: State,
+    options: str,
+    *,
+    unit: Unit = Unit.IOPS,
+    share: float | None = None,
+    roles: frozenset[Role] = PEERS,
+) -> Cell:
+    return Cell(name, title, state, unit, tuple(f"--{option}" for option in options.split()), share, roles)
+
+
+def _sequential(name: str, title: str, state: State, kind: str, share: float | None = None) -> Cell:
+    options = f"rw={kind} bs=1M iodepth=8"
+    return _cell(name, f"1 MiB sequential {title}, QD8", state, options, unit=Unit.MBPS, share=share, roles=WITH_FLOOR)
+
+
+def _random(
+    name: str,
+    title: str,
+    options: str,
+    state: State = State.FILLED,
+    *,
+    share: float | None = None,
+    roles: frozenset[Role] = PEERS,
+) -> Cell:
+    return _cell(name, f"4 KiB {title}", state, f"bs=4k {options}", share=share, roles=roles)
+
+
+FRESH, FILLED = State.FRESH, State.FILLED
+
+FILL = _sequential("fill", "write", FRESH, "write", 1.0)
+WARM = _sequential("warm", "read", FILLED, "read", 1.0)
+
+# 16 blocks of 4 KiB are a chunk, or a cluster: in a quarter of the volume nearly all are met, in a 16th two thirds.
+QUARTER, SIXTEENTH = 1 / 4, 1 / 16
+# fsync=1 is a FLUSH after every write and before the next; the nbd engine knows no fdatasync.
+FLUSHED = "rw=randwrite iodepth=1 fsync=1"
+
+CELLS: tuple[Measurable, ...] = (
+    _random("read-32", "random read, QD32", "rw=randread iodepth=32", roles=WITH_FLOOR),
+    _random("write-32", "random write, QD32", "rw=randwrite iodepth=32", roles=WITH_FLOOR),
+    _random("write-fresh-32", "random write, fresh, QD32", "rw=randwrite iodepth=32", FRESH, share=QUARTER),
+    _random(
+        "write-snapshot-32",
+        "random write right after a snapshot, QD32",
+        "rw=randwrite iodepth=32",
+        State.SNAPSHOT,
+        share=SIXTEENTH,
+        roles=WITH_SNAPSHOTS,
     ),
-    _cell(
-        "read-4x16",
-        "4 KiB random read, 4 connections, QD16 each",
-        FILLED,
-        IOPS,
-        "rw=randread",
-        "bs=4k",
-        "iodepth=16",
-        "numjobs=4",
-    ),
-    _cell(
-        "write-4x16",
-        "4 KiB random write, 4 connections, QD16 each",
-        FILLED,
-        IOPS,
-        "rw=randwrite",
-        "bs=4k",
-        "iodepth=16",
-        "numjobs=4",
-    ),
+    _random("read-1", "random read, QD1", "rw=randread iodepth=1"),
+    _random("write-1", "random write, QD1", "rw=randwrite iodepth=1"),
+    _sequential("seq-read", "read", FILLED, "read"),
+    _sequential("seq-again", "write, again", FILLED, "write"),
+    _sequential("seq-fresh", "write, fresh", FRESH, "write", 1.0),
+    _cell("mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, "rw=randrw rwmixread=70 bs=16k iodepth=16"),
+    _random("flush-1", "write + flush, QD1", FLUSHED, roles=WITH_BARE),
+    _random("flush-fresh-1", "write + flush, fresh, QD1", FLUSHED, FRESH, roles=WITH_BARE),
+    _random("flush-16x1", "write + flush, 16 jobs", f"{FLUSHED} numjobs=16"),
+    _random("read-4x16", "random read, 4 connections, QD16 each", "rw=randread iodepth=16 numjobs=4"),
+    _random("write-4x16", "random write, 4 connections, QD16 each", "rw=randwrite iodepth=16 numjobs=4"),
+    _random("read-32x4", "random read, 32 connections, QD4 each", "rw=randread iodepth=4 numjobs=32"),
+    _random("write-32x4", "random write, 32 connections, QD4 each", "rw=randwrite iodepth=4 numjobs=32"),
+    Copy("copy-out", "nbdcopy of a half-empty volume to null", State.COPIED),
+    Copy("copy-in", "nbdcopy of a half-empty image into a fresh volume", FRESH),
 )

@@ -1,32 +1,36 @@
-"""One measurement: run fio against a volume, and ask the kernel what the server's processes spent on it."""
+"""One measurement: run fio or nbdcopy on a volume, and ask the kernel what the server's processes spent on it."""
 
 import json
+import math
 import os
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import Cell, Unit
+from benchmarks.jobs import WARM, Cell, Copy, Unit
 from benchmarks.servers import Volume
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 SLACK_S = 120.0  # beyond the runtime, before a run counts as stuck
+COPY_REQUEST_BYTES = 256 << 10  # nbdcopy's own choice
 
 
 class MeasurementFailed(Exception):
-    """fio ended in failure; the message carries what it said."""
+    """The client ended in failure; the message carries what it said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one run of a cell against one server gave."""
+    """What one run of a cell against one server gave; nan is what it could not give."""
 
     rate: float  # in the cell's unit
     p99_us: float  # of the slowest kind of request in the cell; a flush counts as one
     cpu_us: float  # of the server, per read or write; a write and its flush count once
-    requests: int  # reads and writes that fio made
+    requests: int  # reads and writes that the client made
+    client_cores: float = math.nan  # CPU that a job of fio used while it ran: with 1 its own core is the limit
 
 
 def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample:
@@ -34,20 +38,39 @@ def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample
     os.sync()  # nobody pays for what the one before left dirty
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         report = Path(scratch) / "fio.json"
-        before_s = cpu_seconds(volume.pid)
+        before_s = _spent(volume)
         fio = subprocess.run(
-            cell.command(volume.uri, size_bytes, runtime_s, str(report)),
+            cell.command(volume.engine, size_bytes, runtime_s, str(report)),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=runtime_s + SLACK_S,
             cwd=scratch,
         )
-        spent_s = cpu_seconds(volume.pid) - before_s
+        spent_s = _spent(volume) - before_s
         if fio.returncode != 0:
             raise MeasurementFailed(f"{cell.name}: fio ended with {fio.returncode}: {fio.stdout}{fio.stderr}".strip())
         (done,) = json.loads(report.read_text())["jobs"]
     return sample(cell, done, spent_s)
+
+
+def warm(volume: Volume, size_bytes: int) -> None:
+    """Read a volume once from end to end, so that it is in the page cache; raises MeasurementFailed."""
+    run(WARM, volume, size_bytes, SLACK_S)
+
+
+def copy(cell: Copy, volume: Volume, image: Path, data_bytes: int) -> Sample:
+    """Measure a copy of so much data, between holes that do not count; raises MeasurementFailed."""
+    os.sync()
+    before_s, began = _spent(volume), time.monotonic()
+    done = subprocess.run(
+        cell.command(volume.uri, str(image)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SLACK_S
+    )
+    took_s, spent_s = time.monotonic() - began, _spent(volume) - before_s
+    if done.returncode != 0:
+        raise MeasurementFailed(f"{cell.name}: nbdcopy ended with {done.returncode}: {done.stderr}".strip())
+    requests = data_bytes // COPY_REQUEST_BYTES
+    return Sample(data_bytes / took_s / 1e6, math.nan, spent_s * 1e6 / requests, requests)
 
 
 def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:
@@ -60,9 +83,14 @@ def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:
     if cell.unit is Unit.IOPS:
         rate = sum(kind["iops"] for kind in kinds)
     slowest_ns = [kind["clat_ns"]["percentile"]["99.000000"] for kind in kinds]
-    if done["sync"]["total_ios"]:
+    if done["sync"]["lat_ns"]["N"]:  # unlike total_ios it counts fdatasyncs, too
         slowest_ns.append(done["sync"]["lat_ns"]["percentile"]["99.000000"])
-    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests, requests)
+    client_cores = (done["usr_cpu"] + done["sys_cpu"]) / 100  # fio's getrusage over its own runtime
+    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests, requests, client_cores)
+
+
+def _spent(volume: Volume) -> float:
+    return math.nan if volume.pid is None else cpu_seconds(volume.pid)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.jobs import Role
 from benchmarks.processes import (
     COMMAND_DEADLINE_S,
     START_DEADLINE_S,
@@ -20,6 +21,7 @@ from benchmarks.processes import (
 )
 
 POLL_S = 0.005
+CONNECTIONS_MAX = "64"  # the most that a cell has is 32
 
 
 class ServerUnavailable(Exception):
@@ -31,13 +33,24 @@ class Volume:
     """A volume that is served now: where, and by which process."""
 
     uri: str
-    pid: int
+    pid: int | None
+    """None: nobody serves it."""
+
+    @property
+    def engine(self) -> tuple[str, ...]:
+        """The fio options that reach it."""
+        return ("--ioengine=nbd", f"--uri={self.uri}")
+
+
+Fill = Callable[[Volume], object]
+"""Writes a volume from end to end."""
 
 
 class Server(ABC):
     """One competitor. Its files, sockets and logs all lie in `directory`."""
 
     name: str
+    role: Role
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -56,6 +69,12 @@ class Server(ABC):
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
         """A new, empty volume, gone again after the block."""
+
+    @contextmanager
+    def snapshotted(self, size_bytes: int, fill: Fill) -> Iterator[Volume]:
+        """A new volume that was filled and then had a snapshot taken; raises ServerUnavailable where there are none."""
+        raise ServerUnavailable(f"{self.name} has no snapshots")
+        yield
 
     def unused_name(self) -> str:
         """A name that no volume of this server had."""
@@ -77,11 +96,22 @@ class Server(ABC):
             time.sleep(POLL_S)
         return process
 
+    @contextmanager
+    def serving(self, command: list[str], socket_path: Path) -> Iterator[Volume]:
+        """A process that serves one volume on a socket of its own, ended after the block."""
+        process = self.spawn(command, lambda: accepts(socket_path))
+        try:
+            yield Volume(f"nbd+unix:///?socket={socket_path}", process.pid)
+        finally:
+            end(process)
+            socket_path.unlink(missing_ok=True)
+
 
 class Blockvirt(Server):
     """Our daemon: one process for all of its volumes."""
 
     name = "blockvirt"
+    role = Role.OURS
 
     def start(self) -> None:
         super().start()
@@ -96,11 +126,24 @@ class Blockvirt(Server):
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
         name = self.unused_name()
+        with self._created(name, size_bytes) as volume:
+            yield volume
+
+    @contextmanager
+    def snapshotted(self, size_bytes: int, fill: Fill) -> Iterator[Volume]:
+        name = self.unused_name()
+        with self._created(name, size_bytes) as volume:
+            fill(volume)
+            self._cli("snapshot", "create", name)
+            yield volume
+
+    @contextmanager
+    def _created(self, name: str, size_bytes: int) -> Iterator[Volume]:
         self._cli("volume", "create", name, "--size", str(size_bytes))
         try:
             yield Volume(f"nbd+unix:///{name}?socket={self.state / 'nbd.sock'}", self._process.pid)
         finally:
-            self._cli("volume", "delete", name, "--force")
+            self._cli("volume", "delete", name, "--force", "--purge", "--wait")  # or its space came back later
 
     def _cli(self, *arguments: str) -> None:
         done = subprocess.run(
@@ -135,21 +178,27 @@ class ProcessPerVolume(Server):
 
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
-        name = self.unused_name()
-        image, path = self.directory / name, self.directory / f"{name}.sock"
+        image = self.directory / self.unused_name()
         self.create(image, size_bytes)
-        process = self.spawn(self.command(image, path), lambda: accepts(path))
         try:
-            yield Volume(f"nbd+unix:///?socket={path}", process.pid)
+            with self.served(image) as volume:
+                yield volume
         finally:
-            end(process)
             image.unlink()
+
+    @contextmanager
+    def served(self, image: Path) -> Iterator[Volume]:
+        """An image that is there already."""
+        path = image.with_name(f"{image.name}.sock")
+        with self.serving(self.command(image, path), path) as volume:
+            yield volume
 
 
 class QemuNbd(ProcessPerVolume):
     """qemu-nbd on a new qcow2 with QEMU's defaults; only `--shared` differs, or there could be one connection only."""
 
     program = "qemu-nbd"
+    role = Role.QCOW2
 
     def __init__(self, directory: Path, aio: str) -> None:
         super().__init__(directory)
@@ -157,18 +206,42 @@ class QemuNbd(ProcessPerVolume):
         self.name = f"qemu-nbd qcow2, {aio}"
 
     def create(self, image: Path, size_bytes: int) -> None:
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(size_bytes)]
-        subprocess.run(command, check=True, timeout=COMMAND_DEADLINE_S)
+        _qemu_img("create", "-q", "-f", "qcow2", str(image), str(size_bytes))
 
     def command(self, image: Path, socket_path: Path) -> list[str]:
-        shown = ["--persistent", "--shared", "16", "--aio", self._aio, "--socket", str(socket_path)]
+        shown = ["--persistent", "--shared", CONNECTIONS_MAX, "--aio", self._aio, "--socket", str(socket_path)]
         return ["qemu-nbd", "-f", "qcow2", *shown, str(image)]
+
+    @contextmanager
+    def snapshotted(self, size_bytes: int, fill: Fill) -> Iterator[Volume]:
+        """By a new overlay: the first writes after an internal snapshot take QEMU tens of times as long."""
+        image = self.directory / self.unused_name()
+        over = image.with_name(f"{image.name}-over")
+        self.create(image, size_bytes)
+        try:
+            with self.served(image) as volume:
+                fill(volume)
+            self.overlay(image, over)
+            with self.served(over) as volume:
+                yield volume
+        finally:
+            image.unlink()
+            over.unlink(missing_ok=True)
+
+    def snapshot(self, image: Path, name: str) -> None:
+        """Take an internal snapshot of an image that nobody serves."""
+        _qemu_img("snapshot", "-c", name, str(image))
+
+    def overlay(self, image: Path, over: Path) -> None:
+        """Make an image that goes on from another one, which nobody may write to from then on."""
+        _qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(over))
 
 
 class NbdkitFile(ProcessPerVolume):
     """nbdkit's file plugin over a sparse file: no copy-on-write, no map, nothing to lose but the file."""
 
     name = "nbdkit file"
+    role = Role.PLAIN
     program = "nbdkit"
 
     def create(self, image: Path, size_bytes: int) -> None:
@@ -179,10 +252,8 @@ class NbdkitFile(ProcessPerVolume):
         return ["nbdkit", "--foreground", "--unix", str(socket_path), "file", str(image)]
 
 
-# By the word for --servers, in the order of the report's columns.
-SERVERS: dict[str, Callable[[Path], Server]] = {
-    "blockvirt": Blockvirt,
-    "qcow2-uring": lambda directory: QemuNbd(directory, "io_uring"),
-    "qcow2-threads": lambda directory: QemuNbd(directory, "threads"),
-    "nbdkit": NbdkitFile,
-}
+def _qemu_img(*arguments: str) -> None:
+    command = ["qemu-img", *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_DEADLINE_S)
+    if done.returncode != 0:
+        raise ServerUnavailable(f"{' '.join(command)}: {done.stdout}{done.stderr}")

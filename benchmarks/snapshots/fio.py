@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.jobs import Cell, Ground, Unit
+from benchmarks.jobs import Cell, State, Unit
 from benchmarks.measure import Sample
 from benchmarks.servers import Volume
 
@@ -18,23 +18,19 @@ BLOCK_BYTES = 4 << 10
 def random_cell(kind: str, depth: int, *more: str) -> Cell:
     """4 KiB random reads ('read') or writes ('write') on a volume that holds data."""
     options = (f"--rw=rand{kind}", "--bs=4k", f"--iodepth={depth}", *more)
-    return Cell(f"{kind}-{depth}", f"4 KiB random {kind}, QD{depth}", Ground.FILLED, Unit.IOPS, options)
-
-
-FILL = Cell("fill", "fill", Ground.FRESH, Unit.MBPS, ("--rw=write", "--bs=1M", "--iodepth=8"), whole=True)
-WARM = Cell("warm", "warm", Ground.FILLED, Unit.MBPS, ("--rw=read", "--bs=1M", "--iodepth=8"), whole=True)
+    return Cell(f"{kind}-{depth}", f"4 KiB random {kind}, QD{depth}", State.FILLED, Unit.IOPS, options)
 
 
 @dataclass(frozen=True, slots=True)
 class CountedCell(Cell):
     """A cell during which perf counts the system calls that a process enters."""
 
-    pid: int = 0
+    pid: int | None = None
     counts: str = ""
     """Where perf writes them."""
 
-    def command(self, uri: str, size_bytes: int, runtime_s: float, output: str) -> list[str]:
-        fio = Cell.command(self, uri, size_bytes, runtime_s, output)
+    def command(self, engine: tuple[str, ...], size_bytes: int, runtime_s: float, output: str) -> list[str]:
+        fio = Cell.command(self, engine, size_bytes, runtime_s, output)
         perf = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", str(self.pid), "-o", self.counts]
         return [*perf, "--", *fio]
 
@@ -46,7 +42,7 @@ def run_counted(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         counts = Path(scratch) / "perf"
         counted = CountedCell(
-            cell.name, cell.title, cell.ground, cell.unit, cell.options, cell.whole, volume.pid, str(counts)
+            cell.name, cell.title, cell.state, cell.unit, cell.options, cell.share, pid=volume.pid, counts=str(counts)
         )
         sample = measure.run(counted, volume, size_bytes, runtime_s)
         return sample, calls_in(counts.read_text()) / sample.requests

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.jobs import Cell, Unit
-from benchmarks.jobs import Ground as CellGround
+from benchmarks.jobs import FILL, Cell, State, Unit
 from benchmarks.measure import Sample
 from benchmarks.servers import Volume
 from benchmarks.snapshots.daemon import Daemon
-from benchmarks.snapshots.fio import BLOCK_BYTES, FILL, disk_bytes_written
+from benchmarks.snapshots.fio import BLOCK_BYTES, disk_bytes_written
 from benchmarks.snapshots.ground import CHUNK_BYTES, Ground, say
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S, Qcow2
 from benchmarks.snapshots.tables import figure, median_or_none, table
@@ -85,7 +84,7 @@ def _row(name: str, found: list[Found], ours: list[Found]) -> list[str]:
 
 def _measure(volume: Volume, writes: int, size_bytes: int, directory: Path) -> Found:
     options = ("--rw=randwrite", "--bs=4k", f"--iodepth={DEPTH}", f"--number_ios={writes}", "--randrepeat=0")
-    cell = Cell("first-writes", "first writes", CellGround.FRESH, Unit.IOPS, options)
+    cell = Cell("first-writes", "first writes", State.FRESH, Unit.IOPS, options)
     before = disk_bytes_written(directory)
     sample = measure.run(cell, volume, size_bytes, DEADLINE_S)
     after = disk_bytes_written(directory)

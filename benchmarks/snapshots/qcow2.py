@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.processes import COMMAND_DEADLINE_S, accepts, end
+from benchmarks.jobs import FILL
+from benchmarks.processes import COMMAND_DEADLINE_S
 from benchmarks.servers import QemuNbd, Volume
-from benchmarks.snapshots.fio import FILL
 
 AIO = "threads"  # qemu-nbd's own choice
 FILL_RUNTIME_S = 60.0  # only bounds how long fio may take
@@ -31,12 +31,8 @@ class Qcow2:
     @contextmanager
     def served(self) -> Iterator[Volume]:
         """The disk, by a process of its own."""
-        path = self.directory / "nbd.sock"
-        process = self._server.spawn(self._server.command(self.top, path), lambda: accepts(path))
-        try:
-            yield Volume(f"nbd+unix:///?socket={path}", process.pid)
-        finally:
-            end(process)
+        with self._server.served(self.top) as volume:
+            yield volume
 
     def fill(self) -> None:
         """Write it once from end to end."""
@@ -45,7 +41,7 @@ class Qcow2:
 
     def snapshot(self) -> None:
         """Take an internal snapshot."""
-        _run("qemu-img", "snapshot", "-c", f"s{self.snapshots}", str(self.top))
+        self._server.snapshot(self.top, f"s{self.snapshots}")
         self.snapshots += 1
 
     def snapshot_until(self, snapshots: int, limit_s: float) -> None:
@@ -58,21 +54,18 @@ class Qcow2:
         """Go on in a new image over the present one."""
         self.overlays += 1
         over = self.directory / f"over{self.overlays}.qcow2"
-        _run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(self.top), str(over))
+        self._server.overlay(self.top, over)
         self.top = over
 
     def overlay_until(self, overlays: int) -> None:
         """Add overlays until there are so many, each with one block of its own."""
         step = (self.size_bytes // overlays) & ~0xFFFF if overlays else 0
         while self.overlays < overlays:
-            _run("qemu-io", "-f", "qcow2", "-c", f"write -q {self.overlays * step} 64k", str(self.top))
+            write = ["qemu-io", "-f", "qcow2", "-c", f"write -q {self.overlays * step} 64k", str(self.top)]
+            subprocess.run(write, check=True, stdin=subprocess.DEVNULL, timeout=COMMAND_DEADLINE_S)
             self.overlay()
 
     def remove(self) -> None:
         """Delete its images."""
         for image in self.directory.glob("*.qcow2"):
             image.unlink()
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_DEADLINE_S)

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from benchmarks import measure
+from benchmarks.jobs import FILL
 from benchmarks.measure import resident_bytes
 from benchmarks.snapshots.daemon import Daemon
-from benchmarks.snapshots.fio import FILL, random_cell
+from benchmarks.snapshots.fio import random_cell
 from benchmarks.snapshots.ground import MIB, Ground, say
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S
 from benchmarks.snapshots.tables import figure, percentile, table

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.jobs import Cell
+from benchmarks.jobs import FILL, WARM, Cell
 from benchmarks.measure import Sample
 from benchmarks.servers import Volume
 from benchmarks.snapshots.daemon import Daemon
-from benchmarks.snapshots.fio import FILL, WARM, random_cell, run_counted
+from benchmarks.snapshots.fio import random_cell, run_counted
 from benchmarks.snapshots.ground import Ground, Options, say
 from benchmarks.snapshots.history import History, write_histories
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S, Qcow2

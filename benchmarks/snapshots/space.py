@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.jobs import FILL
 from benchmarks.snapshots.daemon import Daemon, wait_until
-from benchmarks.snapshots.fio import FILL
 from benchmarks.snapshots.ground import LEAF_BYTES, VOLUME, Ground, MappedPool, say, size_of
 from benchmarks.snapshots.latency import write_blocks
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S

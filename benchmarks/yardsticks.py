@@ -1,0 +1,68 @@
+"""What no storage server can beat: an NBD server in C over plain memory, and writes to a file without any server."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.jobs import Role
+from benchmarks.processes import COMMAND_DEADLINE_S
+from benchmarks.servers import Server, ServerUnavailable, Volume
+
+SOURCE = Path(__file__).with_name("floor.c")
+
+
+class Floor(Server):
+    """`floor.c`, compiled at the start; its volumes are memory of the process that serves them."""
+
+    name = "C floor"
+    role = Role.FLOOR
+
+    def start(self) -> None:
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise ServerUnavailable(f"{self.name} is left out: there is no C compiler (cc; on Debian gcc, libc6-dev)")
+        super().start()
+        self._program = self.directory / "floor"
+        done = subprocess.run(
+            [compiler, "-O2", "-pthread", "-o", str(self._program), str(SOURCE)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_DEADLINE_S,
+        )
+        if done.returncode != 0:
+            raise ServerUnavailable(f"{self.name} is left out: {compiler} {SOURCE.name}: {done.stderr}")
+
+    @contextmanager
+    def volume(self, size_bytes: int) -> Iterator[Volume]:
+        path = self.directory / f"{self.unused_name()}.sock"
+        with self.serving([str(self._program), str(path), str(size_bytes)], path) as volume:
+            yield volume
+
+
+class LocalFile(Volume):
+    """A file, for fio to write to itself; `uri` is its path."""
+
+    @property
+    def engine(self) -> tuple[str, ...]:
+        """One pwrite after the other, and where the cell flushes, an fdatasync after each."""
+        return ("--ioengine=psync", f"--filename={self.uri}", "--invalidate=0", "--fsync=0", "--fdatasync=1")
+
+
+class BareFile(Server):
+    """pwrite and fdatasync on a sparse file: what the filesystem and the disk take of a flushed write."""
+
+    name = "bare file"
+    role = Role.BARE
+
+    @contextmanager
+    def volume(self, size_bytes: int) -> Iterator[Volume]:
+        image = self.directory / self.unused_name()
+        with image.open("xb") as stream:
+            stream.truncate(size_bytes)
+        try:
+            yield LocalFile(str(image), None)
+        finally:
+            image.unlink()
