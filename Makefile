@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv run test lint format tools bench bench-snapshots check-python clean
+.PHONY: help venv run test lint format tools bench bench-quick bench-snapshots check-python clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +22,8 @@ help:
 	@echo "make venv     only make .venv and install"
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make format   let ruff rewrite what it can"
-	@echo "make bench    compare with qemu-nbd and nbdkit on this machine"
+	@echo "make bench    the speed report: beside qemu-nbd and nbdkit on this machine, every target met or not"
+	@echo "make bench-quick      its ratios only, in less than 3 minutes"
 	@echo "make bench-snapshots  what snapshots cost, beside qcow2's"
 	@echo "make clean    remove .venv and caches (never ./$(STATE): that is data)"
 
@@ -75,6 +76,9 @@ format: $(VENV)/.installed-test
 
 bench: tools $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-quick: tools $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
 bench-snapshots: tools $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.snapshots $(ARGS)
