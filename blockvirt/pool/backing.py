@@ -139,16 +139,17 @@ class BackingFile:
         """Write all of ``data`` at ``position`` into the page cache."""
         # Counted after the write, never before: a flush on the loop that notes and clears the count while a thread
         # is between the two would leave dirty pages that no later flush looks for.
+        length = len(data)
         try:
             done = os.pwrite(self.fd, data, position)
-            while done < len(data):
+            while done < length:
                 more = os.pwrite(self.fd, data[done:], position + done)
                 if not more:
                     raise OSError(errno.EIO, f"short write to {self.path}")
                 done += more
         finally:
-            self.unsynced_bytes += len(data)
-            self._last_changes.append((position, len(data)))
+            self.unsynced_bytes += length
+            self._last_changes.append((position, length))
 
     def mapped_unwritten(self, length: int) -> None:
         """Note that chunks were mapped which nothing was written to: their allocation must be durable."""
