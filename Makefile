@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv run test lint format tools bench bench-quick bench-snapshots check-python clean
+.PHONY: help venv run test prove soak lint format tools bench bench-quick bench-snapshots check-python clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 help:
 	@echo "make run      make .venv, install, start the daemon on a pool under ./$(STATE), print its URLs"
 	@echo "make test     install the tests' tools where allowed, lint, run the whole suite (CI=true: a skip is a failure)"
+	@echo "make prove    attack the invariants, for up to 45 minutes: crashes, power cuts, faults, fuzz (as root)"
+	@echo "make soak     the same for hours, in parts of an hour; docs/soak-ledger.md says how far it has come"
 	@echo "make venv     only make .venv and install"
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make format   let ruff rewrite what it can"
@@ -63,6 +65,12 @@ tools:
 
 test: tools lint
 	$(PYTEST) $(ARGS)
+
+prove: tools $(VENV)/.installed-test
+	$(BIN)/python -m tests.attacks $(ARGS)
+
+soak: tools $(VENV)/.installed-test
+	$(BIN)/python -m tests.attacks.soak $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

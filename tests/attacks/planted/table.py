@@ -14,7 +14,7 @@ def section() -> str:
     return f"""{HEADING}
 An attack that does not find a bug proves nothing, so bugs are planted: patches of the product that only a test can
 switch on (`tests/attacks/planted`). Each must be caught by its attack; `make test` plants those that are caught
-quickly, `python -m tests.attacks --bugs` all of them, and with a name that one.
+quickly, `make prove` all of them, and `python -m tests.attacks --bugs NAME` one.
 
 | caught by | planted bug | what the code does wrong then | breaks |
 |---|---|---|---|
