@@ -35,6 +35,7 @@ class Replay:
 
     def __init__(self, recording: Recording, folder: Path, mountpoint: Path, stack: ExitStack) -> None:
         self.recording = recording
+        self.lock_file = folder / "lock"
         self.log = BlockLog(folder / "log")
         stack.callback(self.log.close)
         self._master = _open(folder / "base", stack)
@@ -114,7 +115,7 @@ class Trial:
     async def _recovers(self, at: int) -> str:
         """Return what is wrong with the state, which is mounted."""
         recording, model = self.replay.recording, self.replay.recording.model(at)
-        pool = EnginePool(self.replay.disk.mountpoint)
+        pool = EnginePool(self.replay.disk.mountpoint, self.replay.lock_file)
         if at >= recording.ready_at and self.dice.random() < 0.5 and (problem := self._check(pool, "before recovery")):
             return problem
         await pool.start()

@@ -26,7 +26,8 @@ SETTINGS = EngineSettings(chunk_bytes=4 * KIB, metadata_reserve_bytes=MIB)
 class EnginePool:
     """One engine over the pool whose state and device are directories on the same filesystem."""
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, mountpoint: Path, lock_file: Path) -> None:
+        self._lock_file = lock_file
         self.state_dir = mountpoint / "state"
         self.device = mountpoint / "device"
         self.engine: Engine
@@ -36,6 +37,7 @@ class EnginePool:
 
     async def start(self, *, sealing: bool = False) -> None:
         """Start the engine: recover, then serve; with ``sealing`` snapshots get their checksums."""
+        self._lock_elsewhere()
         self.engine = engine = await Engine.start(self.state_dir, [self.device], SETTINGS)
         self._readers = SnapshotReaders(engine.context)
         engine.registry.on_discard(self._readers.drop_volume)
@@ -58,6 +60,14 @@ class EnginePool:
         await self._readers.close()
         await self._snapshots.close()
         await self.engine.close()
+
+    def _lock_elsewhere(self) -> None:
+        """Have LMDB's table of readers in memory: the first write to a clean page of it on a dead XFS is a SIGBUS."""
+        lock = self.state_dir / "metadata" / "lock.mdb"
+        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not lock.is_symlink():
+            lock.unlink(missing_ok=True)
+            lock.symlink_to(self._lock_file)
 
     def hold_metadata(self) -> None:
         """Keep the pages of LMDB's map in memory, before the filesystem dies under this process.

@@ -80,7 +80,7 @@ async def record(number: int, kind: str, folder: Path, mountpoint: Path) -> Reco
         copy_sparse(data.fileno(), base.fileno())
     with recorded(folder / "data", folder / "log", folder) as recorder:
         disk = Disk(recorder.device, kind, mountpoint)
-        session = _Session(number, disk, recorder)
+        session = _Session(number, disk, recorder, folder)
         try:
             await session.run()
         except* BlockvirtError as errors:
@@ -92,11 +92,11 @@ async def record(number: int, kind: str, folder: Path, mountpoint: Path) -> Reco
 
 
 class _Session:
-    def __init__(self, number: int, disk: Disk, recorder: Recorder) -> None:
+    def __init__(self, number: int, disk: Disk, recorder: Recorder, folder: Path) -> None:
         self.dice = random.Random(f"crash states {number}")
         self.disk = disk
         self.recorder = recorder
-        self.pool = EnginePool(disk.mountpoint)
+        self.pool = EnginePool(disk.mountpoint, folder / "lock")
         self.model = PoolModel(recorder.durable)
         self.done = Recording(disk.kind)
 
