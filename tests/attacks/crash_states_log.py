@@ -75,7 +75,7 @@ def recorded(image: Path, log: Path, scratch: Path) -> Iterator[Recorder]:
         file.truncate(3 << 30)
     pid_file.unlink(missing_ok=True)
     command = [
-        *("setpriv", "--pdeathsig", "KILL", "qemu-storage-daemon"),  # it must not outlive a process that is killed
+        *("setpriv", "--pdeathsig", "TERM", "qemu-storage-daemon"),  # it must not outlive a process that is killed
         *("--blockdev", f"file,node-name=d0,filename={image},discard=unmap,locking=off"),
         *("--blockdev", f"file,node-name=l0,filename={log},locking=off"),
         "--blockdev",
