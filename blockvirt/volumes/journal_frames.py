@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from blockvirt.checksum import crc32c
+from blockvirt.errors import DamagedRecord
 
 HEADER = struct.Struct("<IB3xIIQQ")
 CHANGE = struct.Struct("<IIQ")
@@ -63,25 +64,38 @@ class Frame:
     body: bytes
 
     def changes(self) -> Iterator[Change]:
-        """Yield the map changes of a MAP frame in order."""
+        """Yield the map changes of a MAP frame in order; raises DamagedRecord."""
         assert self.kind is Kind.MAP
+        self._check(not len(self.body) % CHANGE.size)
         for chunk, count, entry in CHANGE.iter_unpack(self.body):
             yield Change(chunk, count, entry)
 
     def marked(self) -> int:
-        """Return the sequence that a MARK or DATA frame speaks for."""
+        """Return the sequence that a MARK or DATA frame speaks for; raises DamagedRecord."""
         assert self.kind in (Kind.MARK, Kind.DATA)
+        self._check(len(self.body) >= _MARK.size)
         return int(_MARK.unpack_from(self.body)[0])
 
     def data(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield (file, position, bytes) of a DATA frame in order."""
+        """Yield (file, position, bytes) of a DATA frame in order; raises DamagedRecord before the first."""
         assert self.kind is Kind.DATA
+        self._check(len(self.body) >= _DATA.size)
         _, count = _DATA.unpack_from(self.body)
         at = _DATA.size + count * _RANGE.size
-        for index in range(count):
-            file, position, length = _RANGE.unpack_from(self.body, _DATA.size + index * _RANGE.size)
+        self._check(at <= len(self.body))
+        ranges = list(_RANGE.iter_unpack(self.body[_DATA.size : at]))
+        self._check(at + sum(length for _, _, length in ranges) == len(self.body))
+        for file, position, length in ranges:
             yield file, position, self.body[at : at + length]
             at += length
+
+    def _check(self, is_sound: bool) -> None:
+        """Raise DamagedRecord, which keeps one volume closed; a struct.error would keep the whole pool closed."""
+        if not is_sound:
+            raise DamagedRecord(
+                f"frame {self.sequence} of a journal is none that blockvirt writes, although its checksum fits",
+                correction="run 'blockvirt check'; the journal is kept",
+            )
 
 
 def frame_bytes(changes: int) -> int:

@@ -5,6 +5,7 @@ Where a checksum guards a form, half of the inputs get one that fits: what is be
 
 import json
 import struct
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -95,9 +96,22 @@ def frames(data: bytes) -> None:
         packed, chain = journal_frames.pack(frame.kind, 1, number, frame.body, chain)
         assert log[at : at + len(packed)] == packed, "a frame is packed as it was read"
         at += len(packed)
+        with suppress(DamagedRecord):
+            _read_body(frame)
     # A log that ends there: whatever lies behind must not be an error.
     journal_frames.is_followed(log, at, 1, 1, chain, log)
     journal_frames.first_generation(log)
+
+
+def _read_body(frame: journal_frames.Frame) -> None:
+    if frame.kind is Kind.MAP:
+        list(frame.changes())
+    else:
+        frame.marked()
+    if frame.kind is Kind.DATA:
+        parts = list(frame.data())
+        again, _ = journal_frames.pack_data(1, 1, frame.marked(), parts, 0)
+        assert again[journal_frames.HEADER.size :] == frame.body, "data is packed as it was read"
 
 
 def _log(data: bytes) -> bytes:
@@ -114,11 +128,18 @@ def _log(data: bytes) -> bytes:
 
 
 def frame_examples() -> list[bytes]:
-    """A log of map changes and a mark."""
+    """A log of map changes and a mark, and one of a mark with data."""
     changes = journal_frames.CHANGE.pack(1, 2, 3) * 2
     first, chain = journal_frames.pack(Kind.MAP, 1, 1, changes, 0)
     mark, _ = journal_frames.pack_mark(1, 2, 1, chain)
-    return [b"\0" + first + mark, b"\1\1" + bytes([len(changes)]) + changes + b"\2\x08" + bytes(8)]
+    data, _ = journal_frames.pack_data(1, 1, 1, [(1, 4096, b"data"), (2, 0, b"more")], 0)
+    body = data[journal_frames.HEADER.size :]
+    return [
+        b"\0" + first + mark,
+        b"\0" + data,
+        b"\1\1" + bytes([len(changes)]) + changes + b"\2\x08" + bytes(8),
+        b"\1\3" + bytes([len(body)]) + body,
+    ]
 
 
 def header(data: bytes) -> None:

@@ -1,16 +1,22 @@
 """Journal frames: what is read back is exactly the intact prefix, whatever became of the rest."""
 
+import struct
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockvirt.errors import DamagedRecord
 from blockvirt.volumes.journal_frames import (
     CHANGE,
     MARK_FRAME_BYTES,
     Change,
     Kind,
+    data_frame_bytes,
     frame_bytes,
     is_followed,
     pack,
+    pack_data,
     pack_mark,
     read_frames,
 )
@@ -65,6 +71,32 @@ def test_a_mark_says_what_it_speaks_for() -> None:
     assert len(frame) == MARK_FRAME_BYTES
     (found,) = read_frames(frame, 4, 9, 1)
     assert (found.kind, found.marked(), found.crc) == (Kind.MARK, 7, crc)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 26), st.integers(0, 1 << 45), st.binary(max_size=50)), max_size=5))
+def test_data_is_read_back_as_it_was_packed(parts: list[tuple[int, int, bytes]]) -> None:
+    frame, crc = pack_data(4, 9, 7, parts, 1)
+    assert len(frame) == data_frame_bytes(len(parts), sum(len(data) for _, _, data in parts))
+    (found,) = read_frames(frame, 4, 9, 1)
+    assert (found.kind, found.marked(), found.crc) == (Kind.DATA, 7, crc)
+    assert list(found.data()) == parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Kind.MAP, bytes(CHANGE.size + 1)),
+        (Kind.MARK, b"1"),
+        (Kind.DATA, bytes(8)),
+        (Kind.DATA, struct.pack("<QQ", 7, 1 << 60)),
+        (Kind.DATA, struct.pack("<QQQQQ", 7, 1, 1, 0, 5) + b"four"),
+        (Kind.DATA, struct.pack("<QQQQQ", 7, 1, 1, 0, 3) + b"four"),
+    ],
+)
+def test_a_body_that_no_frame_has_is_damage(kind: Kind, body: bytes) -> None:
+    (found,) = read_frames(pack(kind, 4, 9, body, 1)[0], 4, 9, 1)
+    with pytest.raises(DamagedRecord):
+        list({Kind.MAP: found.changes, Kind.DATA: found.data}.get(kind, lambda: [found.marked()])())
 
 
 @given(st.lists(changes, min_size=3, max_size=6), st.integers(0, 5), st.data())
