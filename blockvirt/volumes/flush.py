@@ -57,6 +57,8 @@ class Flusher:
         if journal is None or not (journal.needs_mark() or journal.holds_data):
             await sync_data(volume)
             return
+        if not journal.needs_mark() and all(ranges == [] for _, ranges in changes):
+            return  # the flush before this one spoke for everything
         upto = journal.map_sequence
         try:
             if not _embed(volume, journal, upto, changes):

@@ -104,10 +104,10 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     replay = _replay(context, branch, records, frames)
     files = _open(context, branch, records, replay)
     try:
-        if not complete:  # else what is at home is newer
-            _bring_home(files, _embedded(branch, found))
         for file in files:
             file.cut()
+        if not complete:  # else what is at home is newer
+            _bring_home(files, _embedded(branch, found))
         try:
             _sync(files, forget=not complete)
         except OSError as error:
@@ -204,7 +204,11 @@ def _embedded(branch: BranchRecord, found: FoundJournal) -> list[Frame]:
 
 
 def _bring_home(files: list[BackingFile], embedded: list[Frame]) -> None:
-    """Write what flushes left in the journal where it belongs. What lies behind a high-water mark is cut off after."""
+    """Write what flushes left in the journal where it belongs, but nothing behind the files' ends.
+
+    That is where no flushed change has a chunk; or the file was cut short from outside, and must not become longer
+    again: what it lost would read as zeros.
+    """
     by_number = {file.number: file for file in files}
     for frame in embedded:
         for number, position, data in frame.data():
@@ -214,7 +218,10 @@ def _bring_home(files: list[BackingFile], embedded: list[Frame]) -> None:
                     cause="the metadata is damaged, or older than the journal",
                     correction="run 'blockvirt check'; the journal is kept",
                 )
-            by_number[number].write(memoryview(data), position)
+            file = by_number[number]
+            inside = memoryview(data)[: max(0, file.reserved_chunks * file.chunk_bytes - position)]
+            if inside:
+                file.write(inside, position)
 
 
 def _refuse_damaged(branch: BranchRecord, found: FoundJournal, frames: list[Frame], later: list[Frame]) -> None:

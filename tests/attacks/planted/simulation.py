@@ -240,10 +240,10 @@ def _size_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
 def _checkpoint_forgets_changes(patch: pytest.MonkeyPatch) -> None:
     sync = flush.sync_data
 
-    async def wrong(volume: Volume) -> None:
+    async def wrong(volume: Volume, *, also_grown: bool = False) -> None:
         for file in volume.files.open_files.values():
             file.take_last_changes()
-        await sync(volume)
+        await sync(volume, also_grown=also_grown)
 
     patch.setattr(checkpoint, "sync_data", wrong)
 
