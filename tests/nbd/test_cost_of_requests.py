@@ -75,7 +75,7 @@ COSTS = {
     ),
     "write 4 KiB to a new chunk, flush": Cost(
         32,
-        4960,
+        4976,
         {"recv_into": 64, "pwrite": 48, "sendmsg": 32, "preadv": 16, "fdatasync": 16, "call_soon_threadsafe": 16},
     ),
     "trim a chunk": Cost(32, 5408, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
