@@ -237,17 +237,6 @@ def _size_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BackingFile, "reserve", wrong)
 
 
-def _checkpoint_forgets_changes(patch: pytest.MonkeyPatch) -> None:
-    sync = flush.sync_data
-
-    async def wrong(volume: Volume, *, also_grown: bool = False) -> None:
-        for file in volume.files.open_files.values():
-            file.take_last_changes()
-        await sync(volume, also_grown=also_grown)
-
-    patch.setattr(checkpoint, "sync_data", wrong)
-
-
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -381,12 +370,5 @@ BUGS: tuple[Bug, ...] = (
         ("I3",),
         _size_is_not_looked_at,
         400,
-    ),
-    _bug(
-        "sim-checkpoint-forgets-changes",
-        "what a checkpoint syncs is in no later flush, although the journal has older data until the commit",
-        ("I3",),
-        _checkpoint_forgets_changes,
-        2_500,
     ),
 )
