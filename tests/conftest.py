@@ -6,6 +6,7 @@ is missing skips the test with its reason; with CI=true it fails it, because a s
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -22,6 +23,9 @@ CI = os.environ.get("CI", "").lower() in ("true", "1", "yes")
 
 # Debian keeps mkfs and losetup out of the search path of ordinary users.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+# A shell has what runs in its background ignore Ctrl-C, and children of children too; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _packages_of_programs() -> dict[str, str]:
