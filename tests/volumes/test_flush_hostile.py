@@ -277,3 +277,37 @@ async def test_a_file_that_is_only_opened_is_synced_before_a_flush_speaks_for_it
     await handle.flush()
     assert syncs.taken()[-2:] == ["files", "journal"]
     await handle.close()
+
+
+async def test_the_data_of_every_flush_goes_home(pool: Pool) -> None:
+    volume_id, handle = await opened(pool)
+    for chunk in (1, 2, 3):
+        await write(handle, chunk * CHUNK, FIRST)
+        await handle.flush()
+    assert handle._opened.volume.stats.embedded_flushes == 3
+    for chunk in (1, 2, 3):
+        lose_at_home(handle, chunk, bytes(CHUNK))
+    handle = await again(pool, volume_id, power_cut=True)
+    assert await read(handle, CHUNK, 3 * CHUNK) == FIRST * 3
+    await handle.close()
+
+
+async def test_zeros_that_were_allocated_are_synced_at_home(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs = Syncs(monkeypatch)
+    _, handle = await opened(pool)
+    syncs.taken()
+    await handle.zero(CHUNK, CHUNK, punch=False)
+    await handle.flush()
+    assert syncs.taken() == ["files", "journal"]
+    await handle.close()
+
+
+async def test_a_journal_without_room_for_data_has_room_for_marks(pool: Pool) -> None:
+    _, handle = await opened(pool)
+    journal = handle._opened.volume.journal
+    assert journal is not None
+    while journal.embed(journal.map_sequence, [(1, 0, b"x")]):
+        pass
+    for _ in range(64):
+        assert journal.mark(journal.map_sequence)
+    await handle.close()
