@@ -1,5 +1,6 @@
 """What a hostile order of events makes of flushes whose data lies in the journal."""
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator
@@ -10,14 +11,14 @@ import pytest
 
 from blockvirt.check import CLEAN
 from blockvirt.check import run as run_check
-from blockvirt.errors import DeviceFault, VolumeStopped
+from blockvirt.errors import DeviceFault, MetadataFault, VolumeStopped
 from blockvirt.limits import FLUSH_EMBED_BYTES
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes import recovery
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
-from tests.volumes.conftest import Pool, abandon, findings, mounted, read, until_punched, write
+from tests.volumes.conftest import Pool, abandon, findings, mounted, read, until, until_punched, write
 from tests.volumes.test_flush import CHUNK, FIRST, SECOND, Syncs, again, lose_at_home, opened
 from tests.volumes.test_full_pool import fill_disk
 
@@ -311,3 +312,34 @@ async def test_a_journal_without_room_for_data_has_room_for_marks(pool: Pool) ->
     for _ in range(64):
         assert journal.mark(journal.map_sequence)
     await handle.close()
+
+
+async def test_a_flush_between_a_checkpoints_sync_and_its_freeze_speaks_for_what_was_synced(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older data lies in the journal until the commit, and this one fails."""
+    volume_id, handle = await opened(pool)
+    await write(handle, CHUNK, FIRST)
+    await handle.flush()
+    await write(handle, CHUNK, SECOND)
+    flusher = handle._opened.flusher
+    with monkeypatch.context() as patched:
+
+        async def fails(_: object) -> None:
+            raise MetadataFault("the disk of the metadata is full")
+
+        patched.setattr(pool.engine.store, "commit", fails)
+        async with flusher.syncing:  # first in the queue: the checkpoint's first sync, the flush behind it
+            checkpoint = asyncio.create_task(handle._opened.checkpointer.run())
+            await until(lambda: len(flusher.syncing._waiters or ()) == 1)
+            flush = asyncio.create_task(handle.flush())
+            await until(lambda: len(flusher.syncing._waiters or ()) == 2)
+        await flush
+        with pytest.raises(VolumeStopped):
+            await checkpoint
+    await handle.close()
+    await pool.engine.registry.reopen(volume_id)
+    handle = await pool.open(volume_id)
+    assert await read(handle, CHUNK, CHUNK) == SECOND
+    await handle.close()
+    assert not findings(pool)
