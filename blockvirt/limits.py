@@ -50,7 +50,7 @@ PRESSURE_STEP_BYTES = 32 * MIB  # the kernel's dirty counters are asked once per
 
 # --- journal and checkpoint ----------------------------------------------------------------------------------------
 JOURNAL_FILE_BYTES = 1 * MIB  # two per open, written volume; half of one is about 10,000 single-chunk allocations
-FLUSH_EMBED_BYTES = 32 * KIB  # that a flush writes into the journal beside home: 15 such flushes fill half of a file
+FLUSH_EMBED_BYTES = 32 * KIB  # that a flush takes into the journal: 15 fill half of it. Copies of a file's last writes
 FLUSH_EMBED_RANGES = 16  # of a file, likewise: what is noted of a file's last writes stays this short
 CHECKPOINT_AGE_S = 30.0  # how old the oldest uncovered record gets
 MAX_DIRTY_LEAVES = 4_096  # bounds a freeze to a few ms and a checkpoint to ~17 MiB of metadata

@@ -24,7 +24,6 @@ _READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
 # Between looks for what the disk is to bring, where no thread may wait for it: a quiet disk takes 0.1 ms, one that is
 # being synced up to 100 ms. After these 200 ms a thread waits all the same.
 _LOOKS_AFTER_S = (0.000_1, 0.000_16, 0.000_26, 0.000_4, 0.000_65, 0.001, *[0.002] * 100)
-_MORE_THAN_FITS = (0, FLUSH_EMBED_BYTES + 1)  # among the last changes: something that no copy of bytes brings back
 _FOLIO_BYTES = 2 << 20  # the page cache has no larger pieces (MAX_PAGECACHE_ORDER on x86-64), and each is aligned
 
 
@@ -43,6 +42,7 @@ class BackingFile:
     __slots__ = (
         "_chunk_shift",
         "_last_changes",
+        "_noted_bytes",
         "_reads_lock",
         "device_id",
         "fd",
@@ -68,9 +68,11 @@ class BackingFile:
         self.reserved_chunks = 0
         self.unsynced_bytes = 0
         """Written since the last sync was noted; 0 means that a flush need not touch this file."""
-        self._last_changes: deque[tuple[int, int]] = deque(maxlen=FLUSH_EMBED_RANGES + 1)
-        """(position, length) of what was changed since the last flush, noted after each change. Threads append, so
-        whoever looks takes one after the other; where it is full, more may have been."""
+        self._last_changes: deque[tuple[int, bytes | None]] = deque(maxlen=FLUSH_EMBED_RANGES + 1)
+        """(position, bytes) of what was written since the last flush, noted after each write; None: what no copy brings
+        back. Threads append, so whoever looks takes one after the other; where it is full, more may have been."""
+        self._noted_bytes = 0
+        """About how much of copies is held there: threads count too."""
         self.grown = False
         """Its size may not be durable: a sync must come before a flush speaks for chunks in it."""
         self.fd = -1
@@ -139,7 +141,7 @@ class BackingFile:
         """Write all of ``data`` at ``position`` into the page cache."""
         # Counted after the write, never before: a flush on the loop that notes and clears the count while a thread
         # is between the two would leave dirty pages that no later flush looks for.
-        length = len(data)
+        length, written = len(data), None
         try:
             done = os.pwrite(self.fd, data, position)
             while done < length:
@@ -147,25 +149,34 @@ class BackingFile:
                 if not more:
                     raise OSError(errno.EIO, f"short write to {self.path}")
                 done += more
+            if self._noted_bytes + length <= FLUSH_EMBED_BYTES:
+                self._noted_bytes += length
+                written = bytes(data)
         finally:
             self.unsynced_bytes += length
-            self._last_changes.append((position, length))
+            self._last_changes.append((position, written))
 
     def mapped_unwritten(self, length: int) -> None:
         """Note that chunks were mapped which nothing was written to: their allocation must be durable."""
         self.unsynced_bytes += length
-        self._last_changes.append(_MORE_THAN_FITS)
+        self._last_changes.append((0, None))
 
-    def take_last_changes(self) -> list[tuple[int, int]] | None:
-        """Return (position, length) of what was changed since the last call, and forget it; for a flush.
+    def take_last_changes(self) -> list[tuple[int, bytes]] | None:
+        """Return (position, bytes) of what was written since the last call, and forget it; for a flush.
 
-        None where that is more than FLUSH_EMBED_RANGES ranges or FLUSH_EMBED_BYTES: only a sync can speak for it then.
+        Copies, and not what the page cache has: that may have dropped a page whose write-back failed, and read the old
+        content again. None where it is more than FLUSH_EMBED_RANGES ranges or FLUSH_EMBED_BYTES: only a sync can speak
+        for it then.
         """
-        taken: list[tuple[int, int]] = []
+        taken: list[tuple[int, bytes]] = []
+        count = size_bytes = self._noted_bytes = 0
         while self._last_changes:
-            taken.append(self._last_changes.popleft())
-        fits = len(taken) <= FLUSH_EMBED_RANGES and sum(length for _, length in taken) <= FLUSH_EMBED_BYTES
-        return taken if fits else None
+            position, written = self._last_changes.popleft()
+            count += 1
+            if written is not None:
+                taken.append((position, written))
+                size_bytes += len(written)
+        return taken if len(taken) == count <= FLUSH_EMBED_RANGES and size_bytes <= FLUSH_EMBED_BYTES else None
 
     def read_cached(self, into: memoryview, position: int) -> bool:
         """Fill ``into`` from the page cache; False where that would block."""
@@ -219,7 +230,7 @@ class BackingFile:
         try:
             zero_range(self.fd, position, length)
             self.unsynced_bytes += length
-            self._last_changes.append(_MORE_THAN_FITS)
+            self._last_changes.append((0, None))
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise

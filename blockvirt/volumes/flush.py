@@ -15,8 +15,8 @@ from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.volume import Volume
 
-Changes = tuple[BackingFile, list[tuple[int, int]] | None]
-"""A file, and what was changed in it since the last flush (``BackingFile.take_last_changes``)."""
+Changes = tuple[BackingFile, list[tuple[int, bytes]] | None]
+"""A file, and what was written in it since the last flush (``BackingFile.take_last_changes``)."""
 
 
 class Flusher:
@@ -70,7 +70,7 @@ class Flusher:
 
 
 def _embed(volume: Volume, journal: Journal, upto: int, changes: Iterable[Changes]) -> bool:
-    """Append a mark with all that was written since the last flush; False where that is too much, or not in memory.
+    """Append a mark with all that was written since the last flush; False where that is too much.
 
     The files stay unsynced: a later mark without data may only speak for them when they are synced.
     """
@@ -78,11 +78,7 @@ def _embed(volume: Volume, journal: Journal, upto: int, changes: Iterable[Change
     for file, ranges in changes:
         if ranges is None or file.grown:
             return False
-        for position, length in ranges:
-            content = bytearray(length)
-            if not file.read_cached(memoryview(content), position):
-                return False
-            parts.append((file.number, position, bytes(content)))
+        parts += [(file.number, position, written) for position, written in ranges]
     if sum(len(content) for _, _, content in parts) > FLUSH_EMBED_BYTES or not journal.embed(upto, parts):
         return False
     if journal.half_full():

@@ -71,12 +71,12 @@ COSTS = {
     ),
     "write 1 MiB": Cost(8, 1565, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
     "write 4 KiB, flush": Cost(
-        32, 3312, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 3280, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
         32,
-        4976,
-        {"recv_into": 64, "pwrite": 48, "sendmsg": 32, "preadv": 16, "fdatasync": 16, "call_soon_threadsafe": 16},
+        4880,
+        {"recv_into": 64, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16},
     ),
     "trim a chunk": Cost(32, 5408, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }

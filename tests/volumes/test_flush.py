@@ -114,6 +114,17 @@ async def test_data_in_the_journal_goes_home_after_a_power_cut(pool: Pool) -> No
     assert not findings(pool)
 
 
+async def test_a_flush_speaks_for_what_was_written_and_not_for_the_page_cache(pool: Pool) -> None:
+    """The kernel may drop a page whose write-back failed; what is read then is older than what was answered."""
+    volume_id, handle = await opened(pool)
+    await write(handle, CHUNK, FIRST)
+    lose_at_home(handle, 1, bytes(CHUNK))
+    await handle.flush()
+    handle = await again(pool, volume_id, power_cut=True)
+    assert await read(handle, CHUNK, CHUNK) == FIRST
+    await handle.close()
+
+
 async def test_after_sigkill_home_is_newer_than_the_journal(pool: Pool) -> None:
     volume_id, handle = await opened(pool)
     await write(handle, CHUNK, FIRST)

@@ -13,7 +13,6 @@ from blockvirt.check import CLEAN
 from blockvirt.check import run as run_check
 from blockvirt.errors import DeviceFault, MetadataFault, VolumeStopped
 from blockvirt.limits import FLUSH_EMBED_BYTES
-from blockvirt.pool.backing import BackingFile
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes import recovery
 from blockvirt.volumes.engine import EngineSettings
@@ -148,22 +147,6 @@ async def test_a_power_cut_in_the_recovery_after_a_kill_keeps_what_was_flushed(
     assert await read(handle, 2 * CHUNK, CHUNK) in (bytes(CHUNK), SECOND)
     await handle.close()
     assert not findings(pool)
-
-
-async def test_without_nowait_flushes_sync_at_home(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    syncs = Syncs(monkeypatch)
-    volume_id, handle = await opened(pool)
-    syncs.taken()
-    monkeypatch.setattr(BackingFile, "read_cached", lambda *_: False)
-    await write(handle, CHUNK, FIRST)
-    await handle.flush()
-    assert syncs.taken() == ["files", "journal"]
-    await write(handle, CHUNK, SECOND)
-    await handle.flush()
-    assert syncs.taken() == ["files"]
-    handle = await again(pool, volume_id, power_cut=True)
-    assert await read(handle, CHUNK, CHUNK) == SECOND
-    await handle.close()
 
 
 async def test_a_stopped_volume_comes_back_with_the_data_of_its_journal(

@@ -137,7 +137,7 @@ def _mark_the_newest(patch: pytest.MonkeyPatch) -> None:
 
 def _count_before(self: BackingFile, data: memoryview, position: int) -> None:
     self.unsynced_bytes += len(data)
-    self._last_changes.append((position, len(data)))
+    self._last_changes.append((position, bytes(data)))
     done = 0
     while done < len(data):
         done += os.pwrite(self.fd, data[done:], position + done)
