@@ -97,7 +97,8 @@ class BranchRecord:
     covered_generation: int = 0
     """Journal generations up to this one are in the map."""
     covered_sequence: int = 0
-    """Number of the last frame of the covered generations."""
+    """Number of the last frame of the covered generations. It starts at random: the journal holds bytes of the guest's
+    choice too, and what lies there from older generations must not look like the frame that comes next."""
     journal_chain: int = 0
     """CRC that the next generation's first frame continues from."""
     mapped_chunks: int = 0

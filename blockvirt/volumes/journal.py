@@ -76,11 +76,18 @@ def unpack_header(block: bytes) -> JournalHeader:
         raise DamagedRecord("a journal file has no header", correction="run 'blockvirt check'")
     body = unseal(b"journal", block[4 : 4 + length], what="a journal header")
     try:
-        return JournalHeader(**json.loads(body))
+        header = JournalHeader(**json.loads(body))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedRecord(
             "the header of a journal file cannot be understood", cause=str(error), correction="run 'blockvirt check'"
         ) from error
+    if header.format_version != FORMAT:
+        raise DamagedRecord(
+            f"a journal file has format {header.format_version}; this blockvirt reads {FORMAT}",
+            cause="another version of blockvirt wrote it, and ended without closing the volume",
+            correction="open the volume once with that version",
+        )
+    return header
 
 
 class Journal:
@@ -172,10 +179,12 @@ class Journal:
     def embed(self, upto: int, parts: Sequence[tuple[int, int, bytes]]) -> bool:
         """Append a mark for the frames up to ``upto`` that brings its data along; False where there is no room.
 
+        There is none in the small journals of full disks: map changes need it, the largest of them nearly all.
+
         ``parts`` are (file, position, bytes). Raises OSError.
         """
         needed = data_frame_bytes(len(parts), sum(len(data) for _, _, data in parts))
-        if self._at + needed > self._file_bytes - _MARK_ROOM_BYTES:
+        if self._file_bytes < JOURNAL_FILE_BYTES or self._at + needed > self._file_bytes - _MARK_ROOM_BYTES:
             return False
         self._write(*pack_data(self.generation, self.sequence + 1, upto, parts, self.chain))
         self.holds_data = True

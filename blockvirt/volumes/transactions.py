@@ -100,6 +100,7 @@ def new_branch(writer: Writer, volume_id: str, origin: SnapshotRecord | None = N
         volume_id=volume_id,
         head_epoch=pool.epoch + 1,
         first_epoch=pool.epoch + 1,
+        covered_sequence=secrets.randbits(62),
         origin_branch=origin.branch if origin is not None else 0,
         origin_epoch=origin.epoch if origin is not None else 0,
         mapped_chunks=origin.mapped_chunks if origin is not None else 0,

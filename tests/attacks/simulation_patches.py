@@ -98,6 +98,7 @@ def interposed(machine: Machine, journal_bytes: int) -> Iterator[None]:
         patch.setattr(Handle, "__hash__", lambda handle: zlib.crc32(handle.session_id.encode()))
         patch.setattr(SnapshotHandle, "__hash__", lambda handle: zlib.crc32(handle.session_id.encode()))
         patch.setattr(journal_opening, "JOURNAL_FILE_BYTES", journal_bytes)
+        patch.setattr(journal, "JOURNAL_FILE_BYTES", journal_bytes)
         patch.setattr(journal, "FILE_SIZES_BYTES", (journal_bytes, *journal.FILE_SIZES_BYTES))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)

@@ -28,6 +28,7 @@ def test_a_header_comes_back() -> None:
         block(b"[1]"),
         block(b'{"branch":3}'),
         block(b'{"branch":3,"pool_id":"x","more":1}'),
+        block(b'{"branch":3,"pool_id":"x","format_version":2}'),
         block(b"[" * 3000),
     ],
     ids=lambda content: repr(content[:12]),
