@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+_MEMORY = Path("/dev/shm")
+
 
 class Level(StrEnum):
     """How long an attack goes on."""
@@ -91,6 +93,8 @@ class Attack:
     run: Callable[[Budget], Outcome]
     slices: int = 4
     """A prove is done in so many pieces, beside those of other attacks; 1: it keeps all processors busy by itself."""
+    in_memory: bool = False
+    """Its files may lie in memory: the disk that it attacks is a simulated one."""
     requires: tuple[str, ...] = ()
     """Programs and capabilities, as ``@pytest.mark.requires`` knows them."""
 
@@ -99,5 +103,6 @@ def carry_out(
     attack: Attack, count: int, seed: int, say: Callable[[str], None], *, stop_early: bool = False, planted: str = ""
 ) -> Outcome:
     """Run an attack in a directory of its own."""
-    with tempfile.TemporaryDirectory(prefix="bv-") as scratch:
+    folder = _MEMORY if attack.in_memory and _MEMORY.is_mount() else None
+    with tempfile.TemporaryDirectory(prefix="bv-", dir=folder) as scratch:
         return attack.run(Budget(count, seed, Path(scratch), say, stop_early, planted))

@@ -126,4 +126,5 @@ ATTACK = Attack(
     promises=("I1", "I2", "I3", "I3b", "I4", "I5", "I6", "I7", "I8"),
     trials={Level.SAMPLE: 40, Level.PROVE: 1_000, Level.SOAK: 50_000},
     run=run,
+    in_memory=True,
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 SECTOR = 512
 _ZERO = bytes(SECTOR)
+_ZEROS = bytes(1 << 16)
 
 
 class Loss(Enum):
@@ -175,9 +176,9 @@ class Disk:
         moment = self.tick()
         touched = {sector for sector in (*file.versions, *file.stale) if start <= sector * SECTOR < end}
         while start < end:
-            length = min(1 << 16, end - start)
+            length = min(len(_ZEROS), end - start)
             content = _REAL_PREAD(fd, length, start)
-            if content.strip(b"\0"):
+            if content != _ZEROS[: len(content)]:
                 first = start // SECTOR
                 touched |= {first + at for at in range(-(-len(content) // SECTOR)) if _sector(content, at) != _ZERO}
             start += length
