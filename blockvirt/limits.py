@@ -43,6 +43,7 @@ COPY_BATCH_CHUNKS = 16  # chunks that a flatten copies in one go of a thread: 1 
 RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
 RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
 RECLAIM_BATCH_VERSIONS = 128  # dead versions that it, or a checkpoint, removes: 10 ms; one leaf may have thousands
+CHECKSUM_ROWS = 64  # of sealed chunks that an open volume keeps at hand for copies: 2 GiB of chunks in 136 KiB
 PUNCH_COUNT_ROWS = 65_536  # that a job counts to tell how far it is: 0.2 s of a thread, and 50 s of punching
 SPACE_FIGURES_S = 0.1  # of a thread for one scrape: the interpreter is shared with the guests' requests
 SPACE_FIGURES_COST_RATIO = 0.02  # of the time may go into one volume's figures: with many snapshots they take seconds

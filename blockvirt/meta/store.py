@@ -99,7 +99,8 @@ class Store:
         self._write_lock = threading.Lock()
         self._readers = 0
         self._no_readers = threading.Condition(threading.Lock())
-        self._commits = 0
+        self.commits = 0
+        """Transactions so far that changed something: what was looked up holds as long as this is the same."""
         self._last_commit_s = 0.0
 
     # --- open and close --------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Store:
             map_bytes=map_bytes,
             used_bytes=used_bytes,
             used_ratio=used_bytes / map_bytes,
-            commits=self._commits,
+            commits=self.commits,
             last_commit_s=self._last_commit_s,
             reserve_ok=self._reserve.whole,
             failed=self._fault is not None,
@@ -271,7 +272,7 @@ class Store:
                     started_s = time.perf_counter()
                     outcomes, committed = run_group(self._env, self._tables, changes)
                     if committed:
-                        self._commits += 1
+                        self.commits += 1
                         self._last_commit_s = time.perf_counter() - started_s
                     self._tend()
                     return [self._in_our_words(outcome) for outcome in outcomes]

@@ -6,15 +6,21 @@ A chunk is sealed from the first snapshot that sees it on: it never changes agai
 the background. Copy-up, export, scrub and ``check --data`` compare; a chunk without a checksum yet is taken as it is.
 """
 
+import logging
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from blockvirt.checksum import crc32c
-from blockvirt.errors import DataDamaged
+from blockvirt.errors import DamagedRecord, DataDamaged
+from blockvirt.limits import CHECKSUM_ROWS
 from blockvirt.lun.address import chunk_of, file_of
 from blockvirt.meta.keys import Table, pair_key
 from blockvirt.meta.records import seal, unseal
-from blockvirt.meta.store import Reader, Writer
+from blockvirt.meta.store import Reader, Store, Writer
+
+T = TypeVar("T")
+log = logging.getLogger("blockvirt.volumes")
 
 GROUP_BITS = 9
 GROUP_CHUNKS = 1 << GROUP_BITS
@@ -42,14 +48,60 @@ def find_checksum(reader: Reader, address: int) -> int | None:
     """Return the checksum of a chunk; None: it is not sealed, or has none yet. Raises DamagedRecord."""
     key = group_key(address)
     stored = reader.get(Table.CHECKSUMS, key)
-    if stored is None:
+    return _checksum_in(unseal(key, stored, what="a row of checksums"), address) if stored is not None else None
+
+
+def _checksum_in(row: bytes, address: int) -> int | None:
+    place = address & (GROUP_CHUNKS - 1)
+    if not row[place >> 3] >> (place & 7) & 1:
         return None
-    payload = unseal(key, stored, what="a row of checksums")
-    place = chunk_of(address) & (GROUP_CHUNKS - 1)
-    if not payload[place >> 3] >> (place & 7) & 1:
-        return None
-    crc: int = _CRC.unpack_from(payload, _BITMAP_BYTES + place * _CRC.size)[0]
+    crc: int = _CRC.unpack_from(row, _BITMAP_BYTES + place * _CRC.size)[0]
     return crc
+
+
+class SealedChecksums:
+    """The checksums of sealed chunks, for who copies them one by one: the rows that it looked up stay in memory.
+
+    A checksum never changes, since no address is ever reused; one that a row in memory does not have is looked up anew.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._rows: dict[int, bytes] = {}
+        self._missing: dict[int, int] = {}
+        """Groups that have no row, and after how many commits that was so: what is not sealed yet is copied most."""
+
+    def find(self, address: int) -> int | None:
+        """Return the checksum of a chunk; None: it is not sealed, has none yet, or its row is damaged."""
+        row = self._rows.get(address >> GROUP_BITS)
+        crc = _checksum_in(row, address) if row is not None else None
+        if crc is None and (row := self._look_up(address)) is not None:
+            crc = _checksum_in(row, address)
+        return crc
+
+    def _look_up(self, address: int) -> bytes | None:
+        group, key, commits = address >> GROUP_BITS, group_key(address), self._store.commits
+        if self._missing.get(group) == commits:
+            return None
+        with self._store.read() as reader:
+            stored = reader.get(Table.CHECKSUMS, key)
+        if stored is None:
+            _keep(self._missing, group, commits)
+            return None
+        try:
+            row = unseal(key, stored, what="a row of checksums")
+        except DamagedRecord as error:  # copying goes on without; 'check' names the row
+            log.error("%s", error)
+            return None
+        _keep(self._rows, group, row)
+        return row
+
+
+def _keep(kept: dict[int, T], group: int, value: T) -> None:
+    kept.pop(group, None)
+    if len(kept) >= CHECKSUM_ROWS:
+        del kept[next(iter(kept))]
+    kept[group] = value
 
 
 def without_checksum(reader: Reader, addresses: Iterable[int], wanted: Callable[[int], bool]) -> list[int]:

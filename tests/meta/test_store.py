@@ -86,7 +86,7 @@ async def test_changes_that_wait_together_share_a_transaction(store: Store) -> N
 
     first = asyncio.ensure_future(store.commit(slow))
     await asyncio.to_thread(begun.wait, 30)
-    commits = store._commits
+    commits = store.commits
     others = [asyncio.ensure_future(store.commit(put(Table.FILES, [(b"%d" % i, b"")]))) for i in range(50)]
     await asyncio.sleep(0)
     go_on.set()

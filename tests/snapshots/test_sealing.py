@@ -2,17 +2,21 @@
 
 import asyncio
 import os
+import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import DataDamaged
-from blockvirt.lun.address import address, chunk_of
+from blockvirt.limits import CHECKSUM_ROWS
+from blockvirt.lun.address import address, chunk_of, file_of
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store
-from blockvirt.volumes.checksums import find_checksum, forget_checksums, put_checksums
+from blockvirt.volumes.checksums import GROUP_CHUNKS, SealedChecksums, find_checksum, forget_checksums, put_checksums
 from blockvirt.volumes.requests import NewVolume
+from blockvirt.volumes.volume import Volume
 from tests.snapshots.conftest import SnapshotPool
 from tests.volumes.conftest import findings, read, until, until_punched, write
 
@@ -28,10 +32,10 @@ async def sealed(pool: SnapshotPool) -> None:
     await until(done)
 
 
-def flip(pool: SnapshotPool, place: int) -> None:
+def flip(volume: Volume, chunk: int) -> None:
     """Change a byte of a chunk behind the daemon's back."""
-    (path,) = [path for path in (pool.device / "files").iterdir() if path.stat().st_size > chunk_of(place) * CHUNK]
-    with path.open("r+b") as file:
+    place = volume.map.readable(chunk)
+    with volume.files.get(file_of(place)).path.open("r+b") as file:
         file.seek(chunk_of(place) * CHUNK + 77)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
@@ -61,7 +65,7 @@ async def test_a_damaged_chunk_is_not_copied(pool: SnapshotPool, cold: bool, mon
     await write(handle, 0, b"a" * SIZE)
     await pool.snapshots.create({"v": "a"})
     await sealed(pool)
-    flip(pool, volume.map.readable(3))
+    flip(volume, 3)
     if cold:
         monkeypatch.setattr(volume, "_old_content", lambda step: None)
     with pytest.raises(DataDamaged, match="CRC-32C"):
@@ -78,7 +82,7 @@ async def test_a_damaged_chunk_keeps_a_flatten_from_hiding_it(pool: SnapshotPool
     await write(handle, 0, b"a" * SIZE)
     (snapshot,) = await pool.snapshots.create({"v": "a"})
     await sealed(pool)
-    flip(pool, handle._opened.volume.map.readable(5))
+    flip(handle._opened.volume, 5)
     await handle.close()
     await pool.catalogue.create(NewVolume(size_bytes=SIZE, name="clone"), origin=snapshot)
     job = await pool.engine.jobs.finished(await pool.flattening.start("clone"))
@@ -115,6 +119,32 @@ def test_rows_of_checksums_hold_what_is_put(tmp_path: Path) -> None:
     with store.read() as reader:
         assert not reader.count(Table.CHECKSUMS)
     store.close()
+
+
+def test_checksums_for_copies_are_those_of_the_table(tmp_path: Path) -> None:
+    """Whatever was looked up before: rows come, and get more."""
+    store = Store.open(tmp_path / "m", create=True)
+    checksums = SealedChecksums(store)
+    groups, dice = CHECKSUM_ROWS + 3, random.Random(1)
+    wanted = {address(1 + group % 3, group * GROUP_CHUNKS + dice.randrange(512)): group for group in range(groups)}
+    more = {each ^ 1: value + groups for each, value in wanted.items()}
+    for rows in ({}, wanted, wanted | more):
+        store.commit_now(partial(put_checksums, checksums=rows))
+        for each in [*wanted, *more, *wanted]:
+            assert checksums.find(each) == rows.get(each)
+    store.close()
+
+
+async def test_a_chunk_that_was_sealed_since_the_last_copy_is_compared(pool: SnapshotPool) -> None:
+    handle = await pool.open(await pool.volume(SIZE, "v"))
+    await write(handle, 0, b"a" * SIZE)
+    await pool.snapshots.create({"v": "a"})
+    await write(handle, 1, b"b")
+    await sealed(pool)
+    flip(handle._opened.volume, 3)
+    with pytest.raises(DataDamaged, match="CRC-32C"):
+        await write(handle, 3 * CHUNK + 1, b"b")
+    await handle.close()
 
 
 async def test_what_a_revert_keeps_is_sealed_without_another_snapshot(pool: SnapshotPool) -> None:

@@ -58,3 +58,27 @@ async def test_what_a_failed_write_took_is_not_handed_out_again_after_a_close(
     assert await read(handle, 2 * CHUNK, CHUNK) == b"b" + bytes(CHUNK - 1)
     await handle.close()
     assert not findings(pool)
+
+
+@pytest.mark.parametrize("length", [CHUNK, 2 * CHUNK])
+async def test_what_was_written_before_a_failure_is_journalled(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """The loop runs other things after an error: nothing of the same batch may be staged and not journalled then."""
+    handle = await pool.open(await pool.volume(SIZE))
+    await write(handle, 0, b"a")
+    volume = handle._opened.volume
+    journalled = volume.stats.journal_appends
+    assert handle.write_now(CHUNK, memoryview(b"b" * length))
+
+    def failing_write(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BackingFile, "write", failing_write)
+        with pytest.raises(OSError, match="broken"):
+            handle.write_now(8 * CHUNK, memoryview(b"c" * length))
+    assert not volume.unsettled()
+    assert volume.stats.journal_appends == journalled + 1
+    assert await read(handle, CHUNK, 1) == b"b"
+    await handle.close()
