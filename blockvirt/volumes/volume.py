@@ -15,7 +15,7 @@ from dataclasses import replace
 from blockvirt.errors import BlockvirtError, VolumeStopped
 from blockvirt.limits import MAX_DIRTY_LEAVES
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
-from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK
+from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK, Leaf, is_run
 from blockvirt.lun.plan import Action, WriteStep, plan_write
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
@@ -97,7 +97,21 @@ class Volume:
     def _read_span(self, offset: int, into: memoryview) -> bool:
         if self.failure is not None:
             raise self.failure
+        leaf = self.map.leaf(offset >> self.chunk_shift >> SLOT_BITS)
+        entry = self._run(leaf, offset, len(into))
+        if entry:
+            file = self.files.get(file_of(entry))
+            return file.read_cached(into, (chunk_of(entry) << self.chunk_shift) + (offset & self._mask))
         return all(file.read_cached(part, position) for file, position, part in self.pieces(offset, into))
+
+    def _run(self, leaf: Leaf, offset: int, length: int) -> int:
+        """Return the first entry of a range that begins in ``leaf``; 0 where it does not lie in one piece."""
+        first, last = offset >> self.chunk_shift, (offset + length - 1) >> self.chunk_shift
+        if first >> SLOT_BITS != last >> SLOT_BITS or not is_run(
+            leaf.entries, first & SLOT_MASK, (last & SLOT_MASK) + 1
+        ):
+            return 0
+        return leaf.entries[first & SLOT_MASK]
 
     def pieces(self, offset: int, into: memoryview) -> list[Piece]:
         """Fill with zeros what is unmapped of a range; return where the rest lies."""
@@ -131,6 +145,14 @@ class Volume:
             entry = self.map.writable(chunk)
             if entry < FRESH:
                 return self._write_new_chunk(chunk, within, entry, data)
+        else:
+            leaf = self.map.leaf(chunk >> SLOT_BITS)
+            entry = self._run(leaf, offset, length)
+            if entry >= FRESH and leaf.birth == self.map.epoch:
+                file = self.files.get(file_of(entry))
+                file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+                self.context.pressure.wrote(length)
+                return True
         return self._write_steps_now(offset, data)
 
     def _write_new_chunk(self, chunk: int, within: int, old: int, data: memoryview) -> bool:
@@ -147,12 +169,8 @@ class Volume:
                 return False
             copy[within : within + len(data)] = data
             content, within = memoryview(copy), 0
-        try:
-            file, address = self.tail.take(1)
-            file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
-        except BaseException:
-            self.settle()  # what this batch staged before is in the map, and no caller settles after an error
-            raise
+        file, address = self.tail.take(1)
+        file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
         self.stats.copied_chunks += content is not data
         self.stage(chunk, 1, address | FRESH)
         self.context.pressure.wrote(len(data))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from blockvirt.errors import DamagedRecord
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, address, chunk_of, file_of
-from blockvirt.lun.leaf import NO_ENTRIES, Leaf, decode, encode, mapped
+from blockvirt.lun.leaf import NO_ENTRIES, Leaf, decode, encode, is_run, mapped
 
 PAGE_VALUE_BYTES = 4_076  # what LMDB keeps in one overflow page beside its header and our checksum
 
@@ -44,6 +44,22 @@ def test_scattered_entries_read_back(values: list[int]) -> None:
     assert decode(encode(made)) == made
     assert mapped(made) == sum(1 for value in values if value)
     assert len(encode(made)) + 4 < PAGE_VALUE_BYTES
+
+
+@given(runs, st.integers(0, LEAF_CHUNKS - 1), st.integers(1, LEAF_CHUNKS))
+def test_a_run_is_one_as_slot_by_slot(pieces: list[tuple[int, int, int]], first: int, count: int) -> None:
+    made = leaf_of(pieces)
+    end = min(first + count, LEAF_CHUNKS)
+    assert is_run(made, first, end) == all(made[slot] == made[first] + slot - first for slot in range(first, end))
+
+
+@given(entries, st.integers(0, LEAF_CHUNKS - 1), st.integers(2, LEAF_CHUNKS), st.integers(0, 55))
+def test_one_bit_makes_a_run_none(first_entry: int, first: int, count: int, bit: int) -> None:
+    made = leaf_of([(first, count, first_entry)])
+    end = min(first + count, LEAF_CHUNKS, first + CHUNK_MASK - chunk_of(first_entry) + 1)
+    assert is_run(made, first, end)
+    made[end - 1] ^= 1 << bit
+    assert is_run(made, first, end) == (end == first + 1)
 
 
 def test_a_sequential_leaf_takes_one_run() -> None:

@@ -51,7 +51,7 @@ COSTS = {
     "read 4 KiB, depth 1": Cost(64, 2515, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
     "read 4 KiB, depth 32": Cost(64, 876, {"recv_into": 4, "preadv": 64, "sendmsg": 2}),
     "read 4 KiB, depth 8, 4 connections": Cost(64, 1248, {"recv_into": 16, "preadv": 64, "sendmsg": 8}),
-    "read 1 MiB": Cost(8, 979, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
+    "read 1 MiB": Cost(8, 435, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
     "write 4 KiB, depth 1": Cost(64, 2771, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 1130, {"recv_into": 6, "pwrite": 64, "sendmsg": 4}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1448, {"recv_into": 16, "pwrite": 64, "sendmsg": 8}),
@@ -69,7 +69,7 @@ COSTS = {
             "sendmsg": 4,
         },
     ),
-    "write 1 MiB": Cost(8, 1565, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
+    "write 1 MiB": Cost(8, 589, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
     "write 4 KiB, flush": Cost(
         32, 3280, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
