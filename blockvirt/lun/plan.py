@@ -80,13 +80,15 @@ def plan_write(entry_of: Callable[[int], int], offset: int, length: int, chunk_s
         entry = entry_of(chunk)
         at = min(end, (at | mask) + 1)
         action = _action(entry, at - start == chunk_bytes)
-        last = steps[-1] if steps else None
-        if last is not None and last.action is action and _continues(last, entry):
-            steps[-1] = WriteStep(
-                action, last.chunk, last.count + 1, last.entry, last.within, last.start, last.length + at - start
-            )
-        else:
-            steps.append(WriteStep(action, chunk, 1, entry, within, start - offset, at - start))
+        count = 1
+        while at < end and action is not Action.COPY:
+            following, stop = entry_of(at >> chunk_shift), min(end, at + chunk_bytes)
+            if _action(following, stop - at == chunk_bytes) is not action:
+                break
+            if action is Action.OVERWRITE and following != entry + count:
+                break
+            count, at = count + 1, stop
+        steps.append(WriteStep(action, chunk, count, entry, within, start - offset, at - start))
     return steps
 
 
@@ -94,9 +96,3 @@ def _action(entry: int, whole: bool) -> Action:
     if entry >= FRESH:
         return Action.OVERWRITE
     return Action.ALLOCATE if whole or not entry else Action.COPY
-
-
-def _continues(last: WriteStep, entry: int) -> bool:
-    if last.action is Action.OVERWRITE:
-        return entry == last.entry + last.count
-    return last.action is Action.ALLOCATE

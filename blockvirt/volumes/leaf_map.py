@@ -1,9 +1,9 @@
 """The head's map in memory: leaves loaded on demand from the metadata store, dirty ones kept until a checkpoint."""
 
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockvirt.limits import LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK
@@ -11,9 +11,6 @@ from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS, SLOT_MASK, Leaf
 from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Reader, Store
 from blockvirt.volumes.versions import branch_record, lineage, visible_version
-
-if TYPE_CHECKING:
-    from array import array
 
 LEAF_MEMORY_BYTES = 8 * LEAF_CHUNKS + 256  # entries, and the objects around them
 _SWEEP = 32  # how many leaves one load looks at to make room: bounds the time of a load
@@ -122,6 +119,26 @@ class LeafMap:
             leaf.dirty = True
             self.dirty[number] = leaf
         return old
+
+    def put_run(self, chunk: int, count: int, entry: int) -> list[tuple[int, int]]:
+        """Change the entries of ``count`` chunks to ``entry``, the one behind it and so on; returns what ``put`` would.
+
+        As (chunk, old entry), without those that had none.
+        """
+        replaced: list[tuple[int, int]] = []
+        while count:
+            slot = chunk & SLOT_MASK
+            here = min(count, LEAF_CHUNKS - slot)
+            first = self.put(chunk, entry)  # makes the leaf writable
+            if first:
+                replaced.append((chunk, first))
+            if here > 1:
+                entries = self.leaves[chunk >> SLOT_BITS].entries
+                old = entries[slot + 1 : slot + here]
+                entries[slot + 1 : slot + here] = array("Q", range(entry + 1, entry + here))
+                replaced += [(chunk + 1 + place, each) for place, each in enumerate(old) if each]
+            chunk, count, entry = chunk + here, count - here, entry + here
+        return replaced
 
     def freeze(self) -> list[FrozenLeaf]:
         """Take the dirty leaves for a checkpoint; what changes from now on is copied first and dirty anew."""

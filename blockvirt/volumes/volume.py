@@ -206,6 +206,11 @@ class Volume:
 
     def plan(self, offset: int, length: int) -> list[WriteStep]:
         """Return the steps of a write as the map is now."""
+        first, last = offset >> self.chunk_shift, (offset + length - 1) >> self.chunk_shift
+        if first >> SLOT_BITS == last >> SLOT_BITS:
+            entries = self.map.leaf(first >> SLOT_BITS).entries
+            if not any(entries[first & SLOT_MASK : (last & SLOT_MASK) + 1]):  # the first write of it all, in one piece
+                return [WriteStep(Action.ALLOCATE, first, last - first + 1, 0, offset & self._mask, 0, length)]
         return plan_write(self.map.writable, offset, length, self.chunk_shift)
 
     def has_room(self, steps: list[WriteStep]) -> bool:
@@ -233,16 +238,19 @@ class Volume:
 
         Journalled by the next ``settle``. What the head alone had allocated is freed.
         """
-        put = self.map.put
         if entry:
             file = self.files.get(file_of(entry))
             file.live_change += count
             self.tail.mapped_chunks += count
             self.context.storage.mapped(file.device_id, file.number, count)
-        for index in range(count):
-            old = put(chunk + index, entry + index if entry else 0)
-            if old:
-                self._dropped(chunk + index, old)
+        if entry and count > 1:
+            for place, old in self.map.put_run(chunk, count, entry):
+                self._dropped(place, old)
+        else:
+            for place in range(chunk, chunk + count):
+                old = self.map.put(place, entry)
+                if old:
+                    self._dropped(place, old)
         changes = self._changes
         if changes:
             last_chunk, last_count, last_entry = changes[-1]

@@ -70,6 +70,7 @@ COSTS = {
         },
     ),
     "write 1 MiB": Cost(8, 589, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
+    "write 1 MiB to new chunks": Cost(4, 706, {"recv_into": 12, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32, 3280, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
@@ -115,6 +116,12 @@ def large(command: int) -> Requests:
     return lambda _: [Request(command, offset, MIB) for offset in range(0, MAPPED_CHUNKS * CHUNK, MIB)] * 2
 
 
+def new_mibs(run: int) -> list[Request]:
+    """As many chunks as are allocated, a MiB at a time."""
+    first = (run + 1) * MAPPED_CHUNKS * CHUNK
+    return [Request(c.CMD_WRITE, offset, MIB) for offset in range(first, first + MAPPED_CHUNKS * CHUNK, MIB)]
+
+
 def flushed(writes: Requests) -> Requests:
     """A flush after each of 16 writes."""
     return lambda run: [each for one in writes(run)[:16] for each in (one, Request(c.CMD_FLUSH))]
@@ -136,6 +143,7 @@ WORKLOADS = {
     "write 4 KiB to new chunks, depth 32": Workload(new_blocks, depth=32),
     "write 4 KiB first after a snapshot, depth 32": Workload(blocks(c.CMD_WRITE), depth=32, after_snapshot=True),
     "write 1 MiB": Workload(large(c.CMD_WRITE)),
+    "write 1 MiB to new chunks": Workload(new_mibs),
     "write 4 KiB, flush": Workload(flushed(blocks(c.CMD_WRITE))),
     "write 4 KiB to a new chunk, flush": Workload(flushed(new_blocks)),
     "trim a chunk": Workload(trims),
