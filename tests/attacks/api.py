@@ -185,6 +185,6 @@ ATTACK = Attack(
     name="api",
     unit="API requests",
     promises=("I6",),
-    trials={Level.SAMPLE: 200, Level.PROVE: 5_000, Level.SOAK: 50_000},
+    trials={Level.SAMPLE: 200, Level.PROVE: 5_000, Level.SOAK: 20_000},
     run=run,
 )

@@ -41,7 +41,7 @@ CELLS = all_cells()
 _AFTER_A_STOP, _STOP = Site("data", "advise"), Cell(Site("data", "sync"), "EIO", ONCE, 2)
 """What is called only once a volume has stopped, and what stops one."""
 PAIRED = [cell for cell in CELLS if not cell.is_traced]
-ROUNDS = 10
+ROUNDS = 3
 """So often all cells are tried, with other ranges and endings; seeds beyond that are pairs of cells."""
 
 

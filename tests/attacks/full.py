@@ -144,7 +144,7 @@ ATTACK = Attack(
     name="full",
     unit="full pools",
     promises=("I5", "I6", "I10"),
-    trials={Level.SAMPLE: 10, Level.PROVE: 150, Level.SOAK: 3_000},
+    trials={Level.SAMPLE: 10, Level.PROVE: 150, Level.SOAK: 1_000},
     run=run,
     requires=("root", "loop", "mkfs.ext4"),
 )
