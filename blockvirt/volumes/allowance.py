@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from blockvirt.errors import OvercommitLimit, PoolFull
-from blockvirt.limits import MAX_VOLUME_BYTES, SECTOR_BYTES
+from blockvirt.limits import SECTOR_BYTES
 from blockvirt.units import format_size
 from blockvirt.volumes.ports import PoolStatus
+from blockvirt.volumes.requests import max_volume_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ def allowance(pool: PoolStatus, promised_bytes: int) -> Allowance:
         )
     ceiling_bytes = int(pool.capacity_bytes * pool.overcommit_ratio)
     left_bytes = max(0, ceiling_bytes - promised_bytes) // SECTOR_BYTES * SECTOR_BYTES
-    if left_bytes >= MAX_VOLUME_BYTES:
-        return Allowance(MAX_VOLUME_BYTES, "volume-maximum", f"a volume has at most {format_size(MAX_VOLUME_BYTES)}")
+    most_bytes = max_volume_bytes(pool.chunk_bytes)
+    if left_bytes >= most_bytes:
+        return Allowance(most_bytes, "volume-maximum", f"a volume has at most {format_size(most_bytes)}")
     return Allowance(
         left_bytes,
         "overcommit",

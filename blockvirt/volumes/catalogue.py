@@ -169,7 +169,7 @@ class Catalogue:
         Raises InvalidSize, InvalidName, InvalidRequest, Exists (the name belongs to another kind of volume),
         LimitReached, PoolFull and OvercommitLimit.
         """
-        size_bytes = round_size(wanted.size_bytes)
+        size_bytes = round_size(wanted.size_bytes, self._chunk_bytes)
         if wanted.name is not None:
             check_name(wanted.name, what="volume")
             existing = self._same(wanted.name, wanted, size_bytes)
@@ -244,7 +244,7 @@ class Catalogue:
             check_name(change.name, what="volume")
         if change.labels is not None:
             check_labels(change.labels)
-        size_bytes = None if change.size_bytes is None else round_size(change.size_bytes)
+        size_bytes = None if change.size_bytes is None else round_size(change.size_bytes, self._chunk_bytes)
         for _ in range(MAX_ATTEMPTS):
             current = self._record(name_or_id)
             check_revision(current, expected_revision)

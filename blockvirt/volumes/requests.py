@@ -35,18 +35,24 @@ class VolumeChange:
     labels: Mapping[str, str] | None = None
 
 
-def round_size(size_bytes: int) -> int:
+def max_volume_bytes(chunk_bytes: int) -> int:
+    """Return how large a volume may be in a pool of such chunks: their numbers have 32 bits in the journal."""
+    return min(MAX_VOLUME_BYTES, chunk_bytes << 32)
+
+
+def round_size(size_bytes: int, chunk_bytes: int) -> int:
     """Return ``size_bytes`` rounded up to whole sectors; raises InvalidSize for 0 and for more than is possible."""
+    most_bytes = max_volume_bytes(chunk_bytes)
     if size_bytes <= 0:
         raise InvalidSize(
             f"a volume cannot have {size_bytes} bytes", correction=f"ask for {SECTOR_BYTES} bytes or more"
         )
-    if size_bytes > MAX_VOLUME_BYTES:
+    if size_bytes > most_bytes:
         raise InvalidSize(
             f"a volume cannot have {size_bytes} bytes",
-            cause=f"a volume has at most {MAX_VOLUME_BYTES} bytes ({format_size(MAX_VOLUME_BYTES)})",
+            cause=f"a volume has at most {most_bytes} bytes ({format_size(most_bytes)})",
             correction="ask for less, or for several volumes",
-            would_fit_bytes=MAX_VOLUME_BYTES,
+            would_fit_bytes=most_bytes,
         )
     return -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
 

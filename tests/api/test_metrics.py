@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from blockvirt.errors import MetadataFault
+from blockvirt.limits import DEFAULT_CHUNK_BYTES
 from blockvirt.meta.keys import Table, pair_key
 from blockvirt.meta.store import Store
 from blockvirt.metrics import Metrics
@@ -202,7 +203,7 @@ async def test_what_scrubs_have_found(tmp_path: Path) -> None:
     assert [before[name, ()] for name in names] == [0, 0, 0, 0]
     assert before["blockvirt_scrub_last_end_timestamp_seconds", ()] == 0
     assert after[names[0], ()] > MIB
-    assert [after[name, ()] for name in names[1:]] == [16, 1, 1]
+    assert [after[name, ()] for name in names[1:]] == [MIB // DEFAULT_CHUNK_BYTES, 1, 1]
     assert job.created_s < after["blockvirt_scrub_last_end_timestamp_seconds", ()] <= (job.finished_s or 0)
     assert after["blockvirt_jobs", (("kind", "scrub"), ("state", "done"))] == 1
 

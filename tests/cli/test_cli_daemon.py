@@ -57,7 +57,7 @@ async def test_sessions_are_seen_and_dropped(daemon: Daemon, opened: Opener) -> 
     assert {session["volume_id"] for session in sessions} == {volume["id"]}
     assert [session["bytes_written"] for session in sessions] == [4096, 0]
     shown = as_json(daemon, "volume", "show", "v")
-    assert (shown["state"], shown["sessions"], shown["mapped_bytes"]) == ("in-use", 2, 64 << 10)
+    assert (shown["state"], shown["sessions"], shown["mapped_bytes"]) == ("in-use", 2, 16 << 10)
     assert daemon.http("DELETE", "/v1/hosts/web1/luns/0")[0] == 409
     assert as_json(daemon, "session", "drop", sessions[0]["id"]) == {"dropped": 1}
     await by_name.closed()

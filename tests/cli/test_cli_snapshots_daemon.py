@@ -12,7 +12,7 @@ from blockvirt.nbd.client import NbdClient
 from blockvirt.units import MIB
 from tests.real.daemon import Daemon
 
-CHUNK_BYTES = 65536
+CHUNK_BYTES = 16384
 
 
 @pytest.fixture

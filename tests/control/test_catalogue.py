@@ -18,13 +18,15 @@ from blockvirt.errors import (
     PoolFull,
     PreconditionFailed,
 )
-from blockvirt.limits import MAX_VOLUME_BYTES
+from blockvirt.limits import DEFAULT_CHUNK_BYTES, MAX_VOLUME_BYTES, MIN_CHUNK_BYTES
 from blockvirt.meta.keys import POOL_KEY, Table, number_key, pair_key
 from blockvirt.meta.records import BranchRecord, DeviceRecord, FileRecord, PoolRecord, VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.units import GIB, TIB
 from blockvirt.volumes import transactions
-from blockvirt.volumes.requests import NewVolume, VolumeChange
+from blockvirt.volumes.allowance import allowance
+from blockvirt.volumes.ports import PoolStatus
+from blockvirt.volumes.requests import NewVolume, VolumeChange, round_size
 from tests.control.conftest import Control
 from tests.control.ports import CHUNK_BYTES
 
@@ -70,6 +72,16 @@ async def test_sizes_no_volume_can_have(control: Control, size: int) -> None:
         await control.catalogue.create(NewVolume(size))
     assert caught.value.correction
     assert control.catalogue.count() == 0
+
+
+def test_the_largest_volume_has_as_many_chunks_as_their_numbers() -> None:
+    assert round_size(MAX_VOLUME_BYTES, DEFAULT_CHUNK_BYTES) == MAX_VOLUME_BYTES == DEFAULT_CHUNK_BYTES << 32
+    assert round_size(MIN_CHUNK_BYTES << 32, MIN_CHUNK_BYTES) == 16 * TIB
+    with pytest.raises(InvalidSize) as caught:
+        round_size((MIN_CHUNK_BYTES << 32) + 1, MIN_CHUNK_BYTES)
+    assert caught.value.details["would_fit_bytes"] == 16 * TIB
+    roomy = PoolStatus("p", MIN_CHUNK_BYTES, 1 << 60, 0, 0, 1 << 60, "ok", 2.0, 0.8, 0.9)
+    assert allowance(roomy, 0).largest_bytes == 16 * TIB
 
 
 @pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "a\0b", "a" * 64, "ä", "9d9c0b2c-73a5-4f5d-9d0c-3f2b7d0e4a11"])

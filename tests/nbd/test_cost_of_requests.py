@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from blockvirt.limits import DEFAULT_CHUNK_BYTES
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.handshake import Negotiated
 from blockvirt.nbd.session import Session
@@ -30,9 +31,10 @@ from tests.nbd.conftest import PATIENCE_S
 from tests.nbd.lockstep import LockstepClient, Request
 from tests.volumes.conftest import Pool, write
 
-CHUNK = 64 * KIB
+CHUNK = DEFAULT_CHUNK_BYTES
 BLOCK = 4 * KIB
-MAPPED_CHUNKS = 64
+MAPPED_CHUNKS = 4 * MIB // CHUNK
+REQUESTS = 64
 Requests = Callable[[int], list[Request]]
 """Makes the requests of a run: 0 warms up, 1 is counted."""
 
@@ -47,6 +49,9 @@ class Cost(NamedTuple):
     """System calls and calls of LMDB among them."""
 
 
+LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 1}
+"""Of the leaf that new chunks lie in."""
+
 COSTS = {
     "read 4 KiB, depth 1": Cost(64, 2515, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
     "read 4 KiB, depth 32": Cost(64, 876, {"recv_into": 4, "preadv": 64, "sendmsg": 2}),
@@ -55,7 +60,7 @@ COSTS = {
     "write 4 KiB, depth 1": Cost(64, 2771, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 1130, {"recv_into": 6, "pwrite": 64, "sendmsg": 4}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1448, {"recv_into": 16, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 3126, {"recv_into": 6, "pwrite": 68, "sendmsg": 4}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 3161, {"recv_into": 6, **LOOKUP, "pwrite": 68, "sendmsg": 4}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
         4806,
@@ -70,14 +75,14 @@ COSTS = {
         },
     ),
     "write 1 MiB": Cost(8, 589, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 706, {"recv_into": 12, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB to new chunks": Cost(4, 741, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32, 3280, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
         32,
-        4544,
-        {"recv_into": 64, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16},
+        4579,
+        {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16},
     ),
     "trim a chunk": Cost(32, 5408, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
@@ -96,11 +101,11 @@ class Workload:
 
 
 def blocks(command: int) -> Requests:
-    """A block of every allocated chunk, in no order."""
+    """A block of allocated chunks, in no order."""
 
     def requests(run: int) -> list[Request]:
-        chunks = random.Random(run).sample(range(MAPPED_CHUNKS), MAPPED_CHUNKS)
-        return [Request(command, chunk * CHUNK + chunk % 16 * BLOCK, BLOCK) for chunk in chunks]
+        chunks = random.Random(run).sample(range(MAPPED_CHUNKS), REQUESTS)
+        return [Request(command, chunk * CHUNK + chunk * BLOCK % CHUNK, BLOCK) for chunk in chunks]
 
     return requests
 
@@ -108,7 +113,7 @@ def blocks(command: int) -> Requests:
 def new_blocks(run: int) -> list[Request]:
     """A block of chunks that are not allocated, in their order."""
     first = (run + 1) * MAPPED_CHUNKS
-    return [Request(c.CMD_WRITE, chunk * CHUNK, BLOCK) for chunk in range(first, first + MAPPED_CHUNKS)]
+    return [Request(c.CMD_WRITE, chunk * CHUNK, BLOCK) for chunk in range(first, first + REQUESTS)]
 
 
 def large(command: int) -> Requests:
@@ -128,8 +133,8 @@ def flushed(writes: Requests) -> Requests:
 
 
 def trims(run: int) -> list[Request]:
-    """Every other allocated chunk."""
-    return [Request(c.CMD_TRIM, chunk * CHUNK, CHUNK) for chunk in range(run, MAPPED_CHUNKS, 2)]
+    """Half as many allocated chunks, every other one."""
+    return [Request(c.CMD_TRIM, chunk * CHUNK, CHUNK) for chunk in range(run, REQUESTS, 2)]
 
 
 WORKLOADS = {

@@ -16,7 +16,7 @@ from tests.real.daemon import Daemon
 KIB = 1 << 10
 MIB = 1 << 20
 SIZE = 32 * MIB
-CHUNK = 64 * KIB
+CHUNK = 16 * KIB
 SINCE = "qemu:dirty-bitmap:since-"
 
 pytestmark = pytest.mark.requires("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.snapshots.history import History, write_checksums, write_histories
-from blockvirt.limits import LEAF_CHUNKS
+from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CHUNKS
 from blockvirt.snapshots.views import volume_snapshots
 from blockvirt.testing.fixtures import write_mapped_pool
 from blockvirt.units import KIB
@@ -19,14 +19,14 @@ from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.transactions import locate
 from tests.volumes.conftest import read, write
 
-CHUNK = 64 * KIB
+CHUNK = DEFAULT_CHUNK_BYTES
 BLOCK = 4 * KIB
 LEAVES = 3
 SNAPSHOTS = (0, 1, 1_000)
 NAMES = {count: f"v{number:05d}" for number, count in enumerate(SNAPSHOTS)}
 # Here and there in every leaf: of the chunks near its beginning most were changed by one of the snapshots.
 CHUNKS = [leaf * LEAF_CHUNKS + slot for leaf in range(LEAVES) for slot in (0, 1, 7, 100, 200, 300, 400, 511)]
-OFFSETS = [chunk * CHUNK + 5 * BLOCK for chunk in CHUNKS]
+OFFSETS = [chunk * CHUNK + 3 * BLOCK for chunk in CHUNKS]
 
 
 @pytest.fixture
@@ -119,8 +119,11 @@ async def test_first_writes_cost_the_same_after_one_snapshot_and_after_a_thousan
     found: dict[int, Counter[str]] = {}
     for count in SNAPSHOTS[1:]:
         handle = await opened(engine, count)
-        for chunk in CHUNKS:  # what is to be copied must be in the page cache, and there must be a file to append to
+        volume = handle._opened.volume
+        for chunk in CHUNKS:  # what is to be copied must be in the page cache, its checksums too; and there must be ...
             await read(handle, chunk * CHUNK, CHUNK)
+            assert volume.checksum_of(volume.map.writable(chunk)) is not None
+        # ... a file to append to
         await write(handle, 50 * CHUNK, b"x" * BLOCK)
         found[count] = cost(writer_of(handle))
         await handle.close()

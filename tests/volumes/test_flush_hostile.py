@@ -13,13 +13,10 @@ from blockvirt.check import CLEAN
 from blockvirt.check import run as run_check
 from blockvirt.errors import DeviceFault, MetadataFault, VolumeStopped
 from blockvirt.limits import FLUSH_EMBED_BYTES, JOURNAL_FILE_BYTES
-from blockvirt.meta.records import BranchRecord
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes import recovery
 from blockvirt.volumes.engine import EngineSettings
 from blockvirt.volumes.handle import Handle
-from blockvirt.volumes.journal import FILE_SIZES_BYTES, Journal, JournalHeader
-from blockvirt.volumes.journal_frames import CHANGE, Kind, pack
 from tests.volumes.conftest import Pool, abandon, findings, mounted, read, until, until_punched, write
 from tests.volumes.test_flush import CHUNK, FIRST, SECOND, Syncs, again, lose_at_home, opened
 from tests.volumes.test_full_pool import fill_disk
@@ -299,17 +296,6 @@ async def test_zeros_that_were_allocated_are_synced_at_home(pool: Pool, monkeypa
     await handle.close()
 
 
-async def test_a_journal_without_room_for_data_has_room_for_marks(pool: Pool) -> None:
-    _, handle = await opened(pool)
-    journal = handle._opened.volume.journal
-    assert journal is not None
-    while journal.embed(journal.map_sequence, [(1, 0, b"x")]):
-        pass
-    for _ in range(64):
-        assert journal.mark(journal.map_sequence)
-    await handle.close()
-
-
 async def test_a_flush_between_a_checkpoints_sync_and_its_freeze_speaks_for_what_was_synced(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,30 +325,6 @@ async def test_a_flush_between_a_checkpoints_sync_and_its_freeze_speaks_for_what
     assert await read(handle, CHUNK, CHUNK) == SECOND
     await handle.close()
     assert not findings(pool)
-
-
-async def test_a_guests_bytes_are_no_frames(pool: Pool) -> None:
-    """They lie in the journal as data; a later generation in the same file ends among them. The guest can count."""
-    volume_id, handle = await opened(pool)
-    volume = handle._opened.volume
-    journal = volume.journal
-    assert journal is not None
-    generation, begun = journal.generation, volume.branch_record.covered_sequence
-    count = 0
-    while journal.generation < generation + 2:
-        # Half zeros: the seed of a frame behind a damaged one is then 0.
-        frames = b"".join(pack(Kind.MARK, generation + 2, count + number, b"", 0)[0] for number in range(400))
-        await write(handle, 8 * CHUNK, bytes(3 * CHUNK) + frames)
-        await write(handle, 2 * CHUNK, b"y")
-        await handle.flush()
-        await handle.zero(2 * CHUNK, CHUNK, punch=True)
-        count = journal.sequence - begun
-    for chunk in range(100, 120):
-        await write(handle, chunk * CHUNK, FIRST)
-    await until(lambda: journal._may_switch)  # else the daemon is not killed here, but fails a checkpoint
-    handle = await again(pool, volume_id, power_cut=False)
-    assert await read(handle, 100 * CHUNK, 20 * CHUNK) == FIRST * 20
-    await handle.close()
 
 
 async def test_overwrites_alone_do_not_fill_the_journal_for_good(pool: Pool) -> None:
@@ -395,13 +357,3 @@ async def test_a_flush_says_nothing_of_a_volume_that_stopped_meanwhile(
     with pytest.raises(VolumeStopped):
         await handle.flush()
     await handle.close()
-
-
-@pytest.mark.parametrize("file_bytes", FILE_SIZES_BYTES[:-1])
-async def test_a_small_journal_takes_no_data(tmp_path: Path, file_bytes: int) -> None:
-    """A large request needs nearly all of it."""
-    (tmp_path / "journal").mkdir()
-    journal = Journal.create(tmp_path, JournalHeader("pool", 1), BranchRecord(1, "volume", 1), file_bytes)
-    assert not journal.embed(0, [(1, 0, b"x")])
-    assert journal.room() * CHANGE.size > file_bytes // 2
-    journal.close(remove=True)
