@@ -9,9 +9,9 @@ import mmap
 from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.units import KIB, MIB
 
-SMALL_BYTES = 128 * KIB
-"""The buffer of ordinary traffic: 31 requests of 4 KiB with their headers."""
 _HEADROOM_BYTES = 4 * KIB
+SMALL_BYTES = 128 * KIB + _HEADROOM_BYTES
+"""The buffer of ordinary traffic: 32 requests of 4 KiB with their headers, what many clients have on their way."""
 SIZES_BYTES = (
     SMALL_BYTES,
     256 * KIB + _HEADROOM_BYTES,

@@ -211,4 +211,4 @@ async def test_a_busy_neighbour_leaves_turns_to_others(
 
 
 def test_the_small_buffer_holds_what_its_name_promises() -> None:
-    assert SMALL_BYTES // (4096 + REQUEST.size) == 31
+    assert SMALL_BYTES // (4096 + REQUEST.size) == 32
