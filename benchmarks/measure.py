@@ -31,6 +31,7 @@ class Sample:
     cpu_us: float  # of the server, per read or write; a write and its flush count once
     requests: int  # reads and writes that the client made
     client_cores: float = math.nan  # CPU that a job of fio used while it ran: with 1 its own core is the limit
+    longest_us: float = math.nan  # of all reads and writes
 
 
 def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample:
@@ -86,7 +87,8 @@ def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:
     if done["sync"]["lat_ns"]["N"]:  # unlike total_ios it counts fdatasyncs, too
         slowest_ns.append(done["sync"]["lat_ns"]["percentile"]["99.000000"])
     client_cores = (done["usr_cpu"] + done["sys_cpu"]) / 100  # fio's getrusage over its own runtime
-    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests, requests, client_cores)
+    longest_us = max(kind["clat_ns"]["max"] for kind in kinds) / 1e3
+    return Sample(rate, max(slowest_ns) / 1e3, spent_s * 1e6 / requests, requests, client_cores, longest_us)
 
 
 def _spent(volume: Volume) -> float:
