@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv run test prove soak lint format tools bench bench-quick bench-snapshots check-python clean
+.PHONY: help venv run test prove soak lint format tools bench bench-quick bench-snapshots bench-scale check-python clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,7 @@ help:
 	@echo "make bench    the speed report: beside qemu-nbd and nbdkit on this machine, every target met or not"
 	@echo "make bench-quick      its ratios only, in less than 3 minutes"
 	@echo "make bench-snapshots  what snapshots cost, beside qcow2's"
+	@echo "make bench-scale  how far one daemon goes, beside its targets"
 	@echo "make clean    remove .venv and caches (never ./$(STATE): that is data)"
 
 # --- the virtual environment: one stamp for users, one more for what the tests need -----------------------------------
@@ -90,6 +91,9 @@ bench-quick: tools $(VENV)/.installed-test
 
 bench-snapshots: tools $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.snapshots $(ARGS)
+
+bench-scale: tools $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
