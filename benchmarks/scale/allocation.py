@@ -13,7 +13,7 @@ from blockvirt.cli.client import Client
 
 LEAST_RATE = 200
 LIMIT_MS = 10
-VOLUME_BYTES = 10 << 30
+VOLUME_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
