@@ -107,6 +107,7 @@ def _stalls(files: list[Path], cold: Volume, warm: Volume, sizes: Sizes) -> tupl
         evict(files)
         fio.run(WARM, warm, sizes.warm_bytes, FILL_RUNTIME_S)
         alone.append(fio.run(PROBE, warm, sizes.warm_bytes, sizes.runtime_s))
+        fio.run(WARM, warm, sizes.warm_bytes, FILL_RUNTIME_S)
         _, probe = run_beside(COLD, cold, sizes.cold_bytes, sizes.runtime_s, PROBE, warm, sizes.warm_bytes)
         beside.append(probe)
         longest_ms = probe.longest_us / 1e3

@@ -61,7 +61,6 @@ def measure(directory: Path, quick: bool) -> list[Figure]:
             fio.run(FILL, qemu, sizes.volume_bytes, FILL_RUNTIME_S)
         except ServerUnavailable as error:
             say(str(error))
-        fio.run(WARM, daemon.served("reader"), sizes.volume_bytes, FILL_RUNTIME_S)
         found = _rounds(daemon.served("reader"), neighbours, sizes)
     figures = []
     for depth in DEPTHS:
@@ -81,6 +80,7 @@ def _rounds(reader: Volume, neighbours: dict[str, Volume | None], sizes: Sizes) 
             for name in names[turn:] + names[:turn]:
                 writer, size_bytes = neighbours[name], sizes.volume_bytes
                 beside: Sample | None = None
+                fio.run(WARM, reader, size_bytes, FILL_RUNTIME_S)  # what rests may have left the page cache
                 if writer is None:
                     sample = fio.run(cell, reader, size_bytes, sizes.runtime_s)
                 else:
