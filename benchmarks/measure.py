@@ -38,19 +38,13 @@ def run(cell: Cell, volume: Volume, size_bytes: int, runtime_s: float) -> Sample
     """Measure a cell; raises MeasurementFailed."""
     os.sync()  # nobody pays for what the one before left dirty
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        report = Path(scratch) / "fio.json"
+        report, said = Path(scratch) / "fio.json", Path(scratch) / "said"
         before_s = _spent(volume)
-        fio = subprocess.run(
-            cell.command(volume.engine, size_bytes, runtime_s, str(report)),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=runtime_s + SLACK_S,
-            cwd=scratch,
-        )
+        status = _fio(cell.command(volume.engine, size_bytes, runtime_s, str(report)), said, runtime_s + SLACK_S)
         spent_s = _spent(volume) - before_s
-        if fio.returncode != 0:
-            raise MeasurementFailed(f"{cell.name}: fio ended with {fio.returncode}: {fio.stdout}{fio.stderr}".strip())
+        if status != 0:
+            ended = "did not end" if status is None else f"ended with {status}"
+            raise MeasurementFailed(f"{cell.name}: fio {ended}: {said.read_text(errors='replace')}".strip())
         (done,) = json.loads(report.read_text())["jobs"]
     return sample(cell, done, spent_s)
 
@@ -72,6 +66,21 @@ def copy(cell: Copy, volume: Volume, image: Path, data_bytes: int) -> Sample:
         raise MeasurementFailed(f"{cell.name}: nbdcopy ended with {done.returncode}: {done.stderr}".strip())
     requests = data_bytes // COPY_REQUEST_BYTES
     return Sample(data_bytes / took_s / 1e6, math.nan, spent_s * 1e6 / requests, requests)
+
+
+def _fio(command: list[str], said: Path, timeout_s: float) -> int | None:
+    """Run fio, with what it says in a file, and return its status; None: it had to be killed.
+
+    Not in a pipe: a job of fio that got stuck outlives it with the pipe open, and whoever reads that waits for ever.
+    """
+    with said.open("wb") as stream:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=timeout_s, cwd=said.parent
+            )
+        except subprocess.TimeoutExpired:
+            return None
+    return done.returncode
 
 
 def sample(cell: Cell, done: dict[str, Any], spent_s: float) -> Sample:

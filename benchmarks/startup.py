@@ -1,7 +1,7 @@
 """`python -m benchmarks.startup`: how long a daemon with many volumes and a large map takes to serve, and its memory.
 
 A fixture writes real map records for a pool whose data was never written (the backing files are sparse), so that a
-million chunks cost seconds to make and not 64 GiB. Then the daemon is started over it, after a clean stop and after
+million chunks cost seconds to make and not 16 GiB. Then the daemon is started over it, after a clean stop and after
 SIGKILL with journals to replay: the time to `/readyz` 200, and to the first byte read over NBD.
 """
 
@@ -22,13 +22,14 @@ from benchmarks.ground import ground
 from benchmarks.measure import resident_bytes
 from benchmarks.processes import START_DEADLINE_S, answers_ready, blockvirt, end, environment
 from benchmarks.report import machine
+from blockvirt.limits import DEFAULT_CHUNK_BYTES
 from blockvirt.nbd.client import NbdClient, NbdClientError
 from blockvirt.testing import fixtures  # type: ignore[attr-defined, unused-ignore]
 
 POLL_S = 0.001
 BUSY_VOLUMES = 8
 BLOCK_BYTES = 4 << 10
-CHUNK_BYTES = 64 << 10
+CHUNK_BYTES = DEFAULT_CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

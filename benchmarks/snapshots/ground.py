@@ -9,11 +9,12 @@ from pathlib import Path
 
 from benchmarks.snapshots.daemon import Daemon
 from benchmarks.snapshots.history import History, write_checksums, write_histories
+from blockvirt.limits import DEFAULT_CHUNK_BYTES, LEAF_CHUNKS
 from blockvirt.testing.fixtures import write_mapped_pool
 
 MIB = 1 << 20
-CHUNK_BYTES = 64 << 10
-LEAF_BYTES = 32 * MIB
+CHUNK_BYTES = DEFAULT_CHUNK_BYTES
+LEAF_BYTES = LEAF_CHUNKS * CHUNK_BYTES
 VOLUME = "v00000"  # the one volume of a written pool
 
 

@@ -1,7 +1,7 @@
 """How long a snapshot and a clone take over HTTP, beside a bare write and fdatasync of the same bytes.
 
-Before each snapshot one 4 KiB block is written in each of so many leaves: a leaf maps 32 MiB, and each write into a
-sealed chunk makes a new one of 64 KiB. The bare figure writes as many chunks to a preallocated file beside the pool
+Before each snapshot one 4 KiB block is written in each of so many leaves: a leaf maps 8 MiB, and each write into a
+sealed chunk makes a new one of 16 KiB. The bare figure writes as many chunks to a preallocated file beside the pool
 and syncs it once; what a snapshot costs beyond that is ours.
 """
 
