@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure as fio
-from benchmarks.jobs import Cell, Ground, Unit
+from benchmarks.jobs import FILL, WARM, Cell, State, Unit
 from benchmarks.measure import Sample
 from benchmarks.scale.beside import run_beside
 from benchmarks.scale.figures import Figure, at_least, at_most
 from benchmarks.scale.page_cache import evict
 from benchmarks.servers import QemuNbd, ServerUnavailable, Volume
 from benchmarks.snapshots.daemon import Daemon
-from benchmarks.snapshots.fio import FILL, WARM, random_cell
+from benchmarks.snapshots.fio import random_cell
 from benchmarks.snapshots.ground import MIB, say
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S
 
@@ -23,7 +23,7 @@ STALL_LIMIT_MS = 10
 OURS = "blockvirt"
 PROBE = random_cell("read", 1)
 # Fresh to fio: it ends when every block was read once, for a second time they would be warm.
-COLD = Cell("cold-32", "cold", Ground.FRESH, Unit.IOPS, ("--rw=randread", "--bs=4k", "--iodepth=32"))
+COLD = Cell("cold-32", "cold", State.FRESH, Unit.IOPS, ("--rw=randread", "--bs=4k", "--iodepth=32"))
 
 
 @dataclass(frozen=True, slots=True)

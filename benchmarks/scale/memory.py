@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure as fio
-from benchmarks.jobs import Cell, Ground, Unit
+from benchmarks.jobs import Cell, State, Unit
 from benchmarks.scale.figures import Figure, at_most
 from benchmarks.snapshots.fio import random_cell
 from benchmarks.snapshots.ground import LEAF_BYTES, MIB, VOLUME, MappedPool, say, size_of
@@ -44,7 +44,7 @@ def measure(directory: Path, quick: bool) -> list[Figure]:
     first_writes = Cell(
         "first",
         "first writes",
-        Ground.FRESH,
+        State.FRESH,
         Unit.IOPS,
         ("--rw=randwrite", "--bs=4k", "--iodepth=32", f"--number_ios={sizes.first_writes}", ANYWHERE),
     )

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure as fio
-from benchmarks.jobs import CELLS
+from benchmarks.jobs import CELLS, FILL, WARM, Cell
 from benchmarks.measure import Sample
 from benchmarks.scale.beside import run_beside
 from benchmarks.scale.figures import Figure, below
 from benchmarks.servers import QemuNbd, ServerUnavailable, Volume
 from benchmarks.snapshots.daemon import Daemon
-from benchmarks.snapshots.fio import FILL, WARM, random_cell
+from benchmarks.snapshots.fio import random_cell
 from benchmarks.snapshots.ground import MIB, say
 from benchmarks.snapshots.qcow2 import AIO, FILL_RUNTIME_S
 
 LIMIT_PERCENT = 10
 DEPTHS = (1, 32)
-NEIGHBOUR = next(cell for cell in CELLS if cell.name == "flush-1")
+NEIGHBOUR = next(cell for cell in CELLS if cell.name == "flush-1" and isinstance(cell, Cell))
 ALONE, BESIDE, BESIDE_QEMU = "alone", "neighbour", "neighbour behind qemu-nbd"
 
 
