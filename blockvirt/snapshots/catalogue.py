@@ -265,8 +265,13 @@ class Snapshots:
     def _would_free(
         self, records: Sequence[SnapshotRecord], damaged: Mapping[str, SnapshotRecord]
     ) -> tuple[tuple[Snapshot, ...], int]:
-        """Return the views, and what becomes free: with damaged ones among them at least that."""
+        """Return the views, and what becomes free: with damaged ones among them at least that.
+
+        Raises NotFound where somebody else has deleted one meanwhile: its branch may be gone as well.
+        """
         with self._store.read() as reader:
+            if gone := [each for each in records if not _is_there(reader, each)]:
+                raise NotFound(f"snapshot {gone[0].name} was deleted meanwhile", correction="leave it out")
             views = tuple(
                 new_view(reader, each, self._chunk_bytes)
                 if each.id in damaged
@@ -306,7 +311,7 @@ class Snapshots:
 
         def judged() -> set[int]:
             with self._store.read() as reader:
-                return branches_judged(reader, records)
+                return branches_judged(reader, [each for each in records if _is_there(reader, each)])
 
         try:
             branches = await self._engine.context.threads.run(judged)
@@ -331,6 +336,10 @@ def find(reader: Reader, name_or_id: str) -> SnapshotRecord:
         if record is not None:
             return record
     raise NotFound(f"there is no snapshot {name_or_id[:200]!r}", correction="name one as VOLUME@SNAPSHOT, or by its id")
+
+
+def _is_there(reader: Reader, snapshot: SnapshotRecord) -> bool:
+    return reader.get(Table.SNAPSHOTS, snapshot.id.encode()) is not None
 
 
 def _volume(reader: Reader, volume_id: str) -> VolumeRecord:

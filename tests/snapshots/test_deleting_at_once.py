@@ -1,10 +1,12 @@
 """A deletion is judged by what was written up to it, not by what the last checkpoint happened to know."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
+from blockvirt.errors import NotFound
+from blockvirt.meta.records import SnapshotRecord
 from blockvirt.volumes import checkpoint
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.requests import NewVolume
@@ -140,3 +142,33 @@ async def test_a_volume_that_is_set_aside_is_not_waited_for(pool: SnapshotPool) 
     await handle.close()
     async with pool.engine.registry.set_aside(pool.catalogue.get("v").id):
         assert (await pool.snapshots.delete(["v@a"])).freed_bytes == WRITTEN
+
+
+@pytest.mark.parametrize("judged", [True, False], ids=["before the space is counted", "before the guests are asked"])
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_who_comes_second_is_told_that_it_is_gone(
+    pool: SnapshotPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, judged: bool, dry_run: bool
+) -> None:
+    """The last snapshot of a branch that a revert left behind: the branch goes with it."""
+    handle = await pool.open(await pool.volume(SIZE, "v"))
+    for name in ("a", "b"):
+        await write(handle, 0, name.encode() * CHUNK)
+        await pool.snapshots.create({"v": name})
+    await handle.close()
+    await pool.reverts.revert("v@a")
+    bring_in = pool.snapshots._bring_in
+
+    async def overtaken(records: Sequence[SnapshotRecord]) -> None:
+        if judged:
+            await bring_in(records)
+        monkeypatch.setattr(pool.snapshots, "_bring_in", bring_in)
+        await pool.snapshots.delete(["v@b"])
+        await settled(pool)
+        if not judged:
+            await bring_in(records)
+
+    monkeypatch.setattr(pool.snapshots, "_bring_in", overtaken)
+    with pytest.raises(NotFound, match="meanwhile"):
+        await pool.snapshots.delete(["v@b"], dry_run=dry_run)
+    assert "missing" not in caplog.text
+    assert not findings(pool, leaks=True)
