@@ -3,7 +3,7 @@
 from blockvirt.units import GIB, KIB, MIB, TIB
 
 # --- volumes -------------------------------------------------------------------------------------------------------
-MAX_VOLUME_BYTES = 64 * TIB  # 2^32 chunks of 16 KiB: a chunk number fits 32 bits in every record
+MAX_VOLUME_BYTES = 64 * TIB  # 2^32 chunks of 16 KiB, whose numbers have 32 bits; of smaller ones less
 MAX_VOLUMES = 10_000  # what start-up and listing are measured with
 SECTOR_BYTES = 512  # sizes are multiples of it: the kernel client and guests count in sectors
 DEFAULT_CHUNK_BYTES = 16 * KIB  # the smaller, the less a copy-on-write copies, and the more map there is
@@ -32,18 +32,18 @@ TRASH_S = 24 * 3_600.0  # how long a deleted volume can be had back, unless conf
 MAX_TRASH_S = 3_650 * 86_400.0  # ten years: nobody waits longer, and every clock and calendar reaches as far
 TRASH_LOOK_S = 60.0  # between two looks at the trash: the clock may be set meanwhile
 PURGE_BATCH_SNAPSHOTS = 200  # snapshots that one step of a volume's purge removes: five small rows each
-SEAL_BATCH_CHUNKS = 256  # chunks that get their checksums in one go: 4 MiB read in a thread, one commit
+SEAL_BATCH_BYTES = 4 * MIB  # chunks that get their checksums in one go: read in a thread, one commit
 SEAL_BATCH_LEAVES = 128  # leaves looked at for them in one go of a thread: 10 ms that it shares with the event loop
 SEAL_PAUSE_S = 0.01  # between two looks at leaves, which take the GIL
 SEAL_REST_RATIO = 4  # of rest to work, after each batch of chunks: a fifth of a thread and of the disk
 SEAL_RETRY_S = 60.0  # what met a broken disk is tried again
-FLATTEN_PIN_LEAVES = 32  # that a flatten does before it lets a revert or a deletion of its volume in: 256 MiB of copies
+FLATTEN_PIN_BYTES = 256 * MIB  # that a flatten copies before it lets a revert or a deletion of its volume in
 CHANGED_LEAF_LISTS = 4  # lists of the leaves that differ between two snapshots, for the next page: 1 MiB for 1 TiB
-COPY_BATCH_CHUNKS = 64  # chunks that a flatten copies in one go of a thread: 1 MiB, a few ms of the disk
+COPY_BATCH_BYTES = 1 * MIB  # chunks that a flatten copies in one go of a thread: a few ms of the disk
 RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
 RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
 RECLAIM_BATCH_VERSIONS = 128  # dead versions that it, or a checkpoint, removes: 10 ms; one leaf may have thousands
-CHECKSUM_ROWS = 64  # of sealed chunks that an open volume keeps at hand for copies: 512 MiB of chunks in 136 KiB
+CHECKSUM_ROWS = 1_024  # of sealed chunks that are kept at hand for copies: 8 GiB of chunks in 2 MiB
 PUNCH_COUNT_ROWS = 65_536  # that a job counts to tell how far it is: 0.2 s of a thread, and 50 s of punching
 SPACE_FIGURES_S = 0.1  # of a thread for one scrape: the interpreter is shared with the guests' requests
 SPACE_FIGURES_COST_RATIO = 0.02  # of the time may go into one volume's figures: with many snapshots they take seconds
@@ -138,7 +138,7 @@ JOB_ERROR_CHARS = 1_000  # of a failure's message, kept with the job
 # --- scrub ---------------------------------------------------------------------------------------------------------
 SCRUB_RATE_BYTES = 64 * MIB  # per second, unless configured otherwise: 5 TiB a day, half of what a hard disk can do
 SCRUB_MIN_RATE_BYTES = 1 * MIB  # per second; slower, a scrub of 1 TiB would take longer than two weeks
-SCRUB_BATCH_CHUNKS = 16  # read in one go of its thread: 256 KiB, a ms of the disk between two looks at guests
+SCRUB_BATCH_BYTES = 1 * MIB  # read in one go of its thread: a few ms of the disk between two looks at guests
 SCRUB_BATCH_ROWS = 512  # of the metadata in one transaction: a few ms
 SCRUB_REST_RATIO = 1  # of rest to work: it takes half of the disk's time at most, less where guests make it slow
 SCRUB_PAUSE_S = 1.0  # the longest rest in one piece: a scrub that is to stop looks up so often

@@ -13,7 +13,7 @@ from benchmarks.snapshots.latency import write_blocks
 from benchmarks.snapshots.qcow2 import FILL_RUNTIME_S
 from benchmarks.snapshots.tables import figure, table
 
-HELD_CHUNKS = 32  # that the snapshot to be deleted holds alone: one in each leaf of a GiB
+HELD_CHUNKS = 32  # that the snapshot to be deleted holds alone: one in each of so many leaves
 RECLAIMED_BYTES = 1 << 30
 FREED_DEADLINE_S = 120.0
 BLOCK_UNIT_BYTES = 512  # of st_blocks

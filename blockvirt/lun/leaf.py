@@ -10,11 +10,10 @@ forms, the shorter one is used; both stay under 4,076 bytes, so that a version t
 import struct
 import sys
 from array import array
-from functools import lru_cache
 
 from blockvirt.errors import DamagedRecord
 from blockvirt.limits import LEAF_CHUNKS
-from blockvirt.lun.address import ADDRESS_MASK, ENTRY_BYTES, FRESH
+from blockvirt.lun.address import ADDRESS_MASK, ENTRY_BYTES
 
 _RUN = struct.Struct("<HHQ")
 _RUN_BYTES = _RUN.size - 1  # the entry's eighth byte is always 0 and is not stored
@@ -62,19 +61,21 @@ class Leaf:
             self.shared = False
 
 
-@lru_cache(maxsize=32)
-def _ladder(count: int) -> tuple[int, int]:
-    """Return 1, 1, 1 ... and 0, 1, 2 ... as ``count`` numbers of 64 bits beside one another."""
-    return sum(1 << 64 * place for place in range(count)), sum(place << 64 * place for place in range(count))
+_ONES = sum(1 << 64 * place for place in range(LEAF_CHUNKS))
+"""1, 1, 1 ... as numbers of 64 bits beside one another, one for each slot."""
+_STEPS = sum(place << 64 * place for place in range(LEAF_CHUNKS))
+"""0, 1, 2 ... likewise."""
 
 
 def is_run(entries: "array[int]", first: int, end: int) -> bool:
     """Tell whether slots ``first`` to ``end`` - 1 hold an entry, the one behind it and so on, flags alike.
 
-    All of them are compared as one integer: for 16 slots twice, for 64 three times as fast as one by one.
+    All of them are compared as one integer: for 64 slots in a half, for 512 in a quarter of the time.
     """
-    ones, steps = _ladder(end - first)
-    return int.from_bytes(entries[first:end], sys.byteorder) - steps == entries[first] * ones
+    all_bits = (1 << 64 * (end - first)) - 1
+    return int.from_bytes(entries[first:end], sys.byteorder) - (_STEPS & all_bits) == entries[first] * (
+        _ONES & all_bits
+    )
 
 
 def _runs(entries: "array[int]") -> list[tuple[int, int, int]] | None:
@@ -137,8 +138,3 @@ def packed_planes(payload: bytes) -> bytes | None:
 def mapped(entries: "array[int]") -> int:
     """Return how many slots are mapped."""
     return LEAF_CHUNKS - entries.count(0)
-
-
-def fresh(entry: int) -> bool:
-    """Tell whether ``entry`` carries FRESH (it counts only in a leaf born in the head's epoch)."""
-    return entry >= FRESH

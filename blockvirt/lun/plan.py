@@ -66,10 +66,13 @@ def plan_read(entry_of: Callable[[int], int], offset: int, length: int, chunk_sh
     return steps
 
 
-def plan_write(entry_of: Callable[[int], int], offset: int, length: int, chunk_shift: int) -> list[WriteStep]:
+def plan_write(
+    entry_of: Callable[[int], int], offset: int, length: int, chunk_shift: int, volume_bytes: int
+) -> list[WriteStep]:
     """Return the steps of a write in order, neighbours merged.
 
-    ``entry_of`` gives the entry of a chunk, FRESH only where the head may overwrite it.
+    ``entry_of`` gives the entry of a chunk, FRESH only where the head may overwrite it. The chunk in which the volume
+    ends is written whole by whoever writes it up to there.
     """
     steps: list[WriteStep] = []
     chunk_bytes = 1 << chunk_shift
@@ -79,11 +82,11 @@ def plan_write(entry_of: Callable[[int], int], offset: int, length: int, chunk_s
         chunk, within, start = at >> chunk_shift, at & mask, at
         entry = entry_of(chunk)
         at = min(end, (at | mask) + 1)
-        action = _action(entry, at - start == chunk_bytes)
+        action = _action(entry, not within and at in (start + chunk_bytes, volume_bytes))
         count = 1
         while at < end and action is not Action.COPY:
             following, stop = entry_of(at >> chunk_shift), min(end, at + chunk_bytes)
-            if _action(following, stop - at == chunk_bytes) is not action:
+            if _action(following, stop in (at + chunk_bytes, volume_bytes)) is not action:
                 break
             if action is Action.OVERWRITE and following != entry + count:
                 break

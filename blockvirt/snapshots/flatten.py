@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockvirt.errors import BeingDeleted, InUse, InvalidRequest, NotFound
 from blockvirt.ids import new_id
-from blockvirt.limits import FLATTEN_PIN_LEAVES, LEAF_CHUNKS
+from blockvirt.limits import FLATTEN_PIN_BYTES, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, file_of
 from blockvirt.lun.leaf import SLOT_BITS, encode
 from blockvirt.meta.keys import (
@@ -128,7 +128,7 @@ class Flattening:
             check_background(self._engine.storage.status(), inherited_bytes, f"the flatten of {job.record.subject}")
             inherited_bytes = 0  # the whole was looked at; from here on only whether guests leave it the room
             # Not for long at a time: whoever wants to revert or delete the volume waits for the pin.
-            part = left[:FLATTEN_PIN_LEAVES]
+            part = left[: max(1, FLATTEN_PIN_BYTES // leaf_bytes)]
             left = left[await self._whole(self._some_leaves(job, part)) :]
             done = len(leaves) - len(left)
             await job.advance(done * leaf_bytes, len(leaves) * leaf_bytes, left[0] if left else leaves[-1] + 1)

@@ -29,7 +29,7 @@ from blockvirt.volumes.checkpoint import checkpoint_and_step
 from blockvirt.volumes.engine import Engine
 from blockvirt.volumes.imports import NEW
 from blockvirt.volumes.opened import OpenVolume
-from blockvirt.volumes.requests import NewVolume, check_labels
+from blockvirt.volumes.requests import NewVolume, check_labels, round_size
 from blockvirt.volumes.transactions import locate
 
 log = logging.getLogger("blockvirt.snapshots")
@@ -214,6 +214,7 @@ class _Import:
 
     async def _begin(self, header: StreamHeader) -> None:
         check_labels(header.snapshot.labels)
+        round_size(header.snapshot.size_bytes, 1 << self._engine.context.chunk_shift)  # fits this pool's chunks
         check_background(self._engine.storage.status(), 0, "the import")
         self._header = header
         if header.base is None:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TypeVar
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, MetadataFault
-from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_CHUNKS, SCRUB_BATCH_ROWS, SCRUB_FINDINGS, SCRUB_PAUSE_S
+from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_BYTES, SCRUB_BATCH_ROWS, SCRUB_FINDINGS, SCRUB_PAUSE_S
 from blockvirt.lun.address import chunk_of
 from blockvirt.lun.leaf import decode
 from blockvirt.meta.datafile import DATA_FILE
@@ -251,8 +251,8 @@ class ScrubRun:
                 await self._advance(_CHUNKS, start)
 
     async def _group(self, group: Group) -> None:
-        left = iter(group.checksums.items())
-        while batch := dict(islice(left, SCRUB_BATCH_CHUNKS)):
+        left, most = iter(group.checksums.items()), max(1, SCRUB_BATCH_BYTES >> self.context.chunk_shift)
+        while batch := dict(islice(left, most)):
             self.job.checkpoint()
             began_s = self.clocks.monotonic_s()
             reading = await self._do(partial(self.proof.read, group.file, batch))

@@ -13,7 +13,7 @@ from functools import partial
 
 from blockvirt.checksum import crc32c
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
-from blockvirt.limits import SEAL_BATCH_CHUNKS, SEAL_BATCH_LEAVES, SEAL_PAUSE_S, SEAL_REST_RATIO, SEAL_RETRY_S
+from blockvirt.limits import SEAL_BATCH_BYTES, SEAL_BATCH_LEAVES, SEAL_PAUSE_S, SEAL_REST_RATIO, SEAL_RETRY_S
 from blockvirt.lun.address import ADDRESS_MASK, chunk_of, file_of
 from blockvirt.meta.keys import Table, number_key, pair_key, split_pair
 from blockvirt.meta.records import FileRecord
@@ -37,6 +37,7 @@ class Sealer:
     def __init__(self, engine: Engine) -> None:
         self._context = engine.context
         self._store = engine.store
+        self._batch_chunks = max(1, SEAL_BATCH_BYTES >> engine.context.chunk_shift)
         self._due = engine.sealing
         self._due.set()
         self._put_off: dict[Row, str] = {}
@@ -112,8 +113,8 @@ class Sealer:
                 self._put_off[branch, epoch] = lacking
                 return
             leaves = leaves[looked:]
-            for start in range(0, len(addresses), SEAL_BATCH_CHUNKS):
-                batch = addresses[start : start + SEAL_BATCH_CHUNKS]
+            for start in range(0, len(addresses), self._batch_chunks):
+                batch = addresses[start : start + self._batch_chunks]
                 began_s = time.monotonic()
                 checksums = await self._context.threads.run(partial(self._compute, batch))
                 if not await self._store.commit(partial(_put, branch, epoch, checksums)):
@@ -143,7 +144,7 @@ class Sealer:
                 return len(leaves), [], ""
             is_own = owner_of(reader, branch)
             for leaf in leaves[:SEAL_BATCH_LEAVES]:
-                if len(addresses) >= SEAL_BATCH_CHUNKS:
+                if len(addresses) >= self._batch_chunks:
                     break
                 looked += 1
                 try:

@@ -35,6 +35,7 @@ from blockvirt.meta.store import Reader, Store
 from blockvirt.pool.devices import claim_all
 from blockvirt.pool.lock import lock_pool
 from blockvirt.tasks import TaskSet
+from blockvirt.volumes.checksums import SealedChecksums
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.deletion import Purger
 from blockvirt.volumes.io_threads import IoThreads
@@ -176,6 +177,7 @@ def volume_context(
         # One address less than fits: entries of neighbouring chunks in two files must not look like one run.
         file_chunks=min(settings.backing_file_bytes // pool.chunk_bytes, CHUNK_MASK),
         checkpoint_age_s=settings.checkpoint_age_s,
+        checksums=SealedChecksums(store),
     )
 
 

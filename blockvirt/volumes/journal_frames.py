@@ -5,9 +5,10 @@ A frame is one batch of map changes, one mark, or one mark with data, little-end
     crc u32 | kind u8, 3 bytes 0 | body length u32 | 0 u32 | generation u64 | sequence u64 | body
 
 ``crc`` is a CRC-32C over everything behind it, seeded with the crc of the frame before (across generations too): a
-frame proves that all frames before it are whole. Sequences count up by one and never restart, so a frame that is left
-from an older generation of the same file never fits. They start at a random number of 62 bits, which no guest knows:
-nor do bytes fit that a guest laid out as frames.
+frame proves that all frames before it are whole. Sequences count up by one, through all generations, so a frame that is
+left from an older one in the same file never fits. (Only what a recovery has covered is counted again, and it begins a
+chain at random.) They start at a random number of 62 bits, which no guest knows: nor do bytes fit that a guest laid out
+as frames.
 
     MAP body:   n x (chunk u32, count u32, entry u64)   chunk + i now has entry + i; entry 0: count chunks are unmapped
     MARK body:  sequence u64                            every frame up to it, and the data it names, was synced before

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from blockvirt.device import Extent, ExtentState, Read
 from blockvirt.errors import NotSupported
-from blockvirt.limits import COPY_BATCH_CHUNKS, LEAF_CHUNKS
+from blockvirt.limits import COPY_BATCH_BYTES, LEAF_CHUNKS
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import NO_ENTRIES, SLOT_BITS
 from blockvirt.lun.plan import Action, WriteStep
@@ -120,8 +120,9 @@ class SlowPath:
         volume = self._volume
         made: list[int] = []
         try:
-            for start in range(0, len(sources), COPY_BATCH_CHUNKS):
-                batch = sources[start : start + COPY_BATCH_CHUNKS]
+            most = max(1, COPY_BATCH_BYTES >> volume.chunk_shift)
+            for start in range(0, len(sources), most):
+                batch = sources[start : start + most]
                 steps = [WriteStep(Action.ALLOCATE, 0, len(batch), 0, 0, 0, 0)]
                 while not volume.has_room(steps):  # guests take from it while this waits for the journal
                     await self._make_room(steps)
@@ -235,6 +236,8 @@ class SlowPath:
         base = first >> SLOT_BITS << SLOT_BITS
         if entries is NO_ENTRIES or not any(entries[first - base : end - base]):
             return
+        for number in {file_of(entry) for entry in entries[first - base : end - base] if entry >= FRESH}:
+            volume.files.get(number)  # one that is not there is to refuse the trim before anything has changed
         while not volume.has_journal_room(1):
             await self._make_journal_room(1)
         volume.check()

@@ -21,7 +21,7 @@ from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
 from blockvirt.meta.store import Writer
 from blockvirt.tasks import TaskSet
-from blockvirt.volumes.checksums import SealedChecksums, check_content
+from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.journal_frames import CHANGE
@@ -58,7 +58,7 @@ class Volume:
         self.inflight = Inflight()
         self.in_place = InPlace()
         self.journal: Journal | None = None
-        self.checksum_of = SealedChecksums(context.store).find
+        self.checksum_of = context.checksums.find
         self.stats = VolumeStats()
         self.freed: list[int] = []
         """Addresses that lost their last entry since the last freeze: punched after the next commit."""
@@ -162,18 +162,19 @@ class Volume:
         """
         if not self.has_journal_room(1) or not self.tail.room():
             return False
-        content = data
-        if old and len(data) < self.chunk_bytes:
+        content, length = data, len(data)
+        end = within + length
+        if old and (within or end not in (self.chunk_bytes, self.size_bytes - (chunk << self.chunk_shift))):
             copy = self._old_content(old)
             if copy is None:
                 return False
-            copy[within : within + len(data)] = data
+            copy[within:end] = data
             content, within = memoryview(copy), 0
         file, address = self.tail.take(1)
         file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
         self.stats.copied_chunks += content is not data
         self.stage(chunk, 1, address | FRESH)
-        self.context.pressure.wrote(len(data))
+        self.context.pressure.wrote(length)
         return True
 
     def _write_steps_now(self, offset: int, data: memoryview) -> bool:
@@ -211,7 +212,7 @@ class Volume:
             entries = self.map.leaf(first >> SLOT_BITS).entries
             if not any(entries[first & SLOT_MASK : (last & SLOT_MASK) + 1]):  # the first write of it all, in one piece
                 return [WriteStep(Action.ALLOCATE, first, last - first + 1, 0, offset & self._mask, 0, length)]
-        return plan_write(self.map.writable, offset, length, self.chunk_shift)
+        return plan_write(self.map.writable, offset, length, self.chunk_shift, self.size_bytes)
 
     def has_room(self, steps: list[WriteStep]) -> bool:
         """Tell whether the journal, the tail and the dirty leaves can take what ``steps`` will stage."""
@@ -288,10 +289,9 @@ class Volume:
             raise self.failure
         journal = self.journal
         assert journal is not None
-        packed = b"".join([CHANGE.pack(*change) for change in self._changes])
-        self._changes.clear()
+        changes, self._changes = self._changes, []
         try:
-            journal.append(packed)
+            journal.append(b"".join([CHANGE.pack(*change) for change in changes]))
         except (OSError, struct.error) as error:
             raise self.stop("its journal cannot be written", error) from error
         if self.age_timer is None:

@@ -60,10 +60,10 @@ COSTS = {
     "write 4 KiB, depth 1": Cost(64, 2771, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 1070, {"recv_into": 4, "pwrite": 64, "sendmsg": 2}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1448, {"recv_into": 16, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 3063, {"recv_into": 4, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 3061, {"recv_into": 4, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        4712,
+        4582,
         {
             "recv_into": 4,
             "preadv": 64,
@@ -75,16 +75,16 @@ COSTS = {
         },
     ),
     "write 1 MiB": Cost(8, 589, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 741, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB to new chunks": Cost(4, 737, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32, 3280, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
         32,
-        4579,
+        4563,
         {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16},
     ),
-    "trim a chunk": Cost(32, 5408, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 5472, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 

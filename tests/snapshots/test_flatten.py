@@ -12,7 +12,7 @@ import pytest
 
 from blockvirt.device import read_one
 from blockvirt.errors import InvalidRequest
-from blockvirt.limits import COPY_BATCH_CHUNKS, RESERVE_STEP_MIN_BYTES
+from blockvirt.limits import COPY_BATCH_BYTES, RESERVE_STEP_MIN_BYTES
 from blockvirt.lun.address import ADDRESS_MASK
 from blockvirt.lun.leaf import decode
 from blockvirt.meta.keys import Table, number_key
@@ -112,10 +112,10 @@ async def test_copies_find_room_where_a_write_took_what_was_made_for_them(family
     clone = await family.clone(family.golden, "clone")
     handle = await family.pool.open(clone)
     async with family.pool.engine.registry.pinned(clone) as opened:
-        sources = [entry & ADDRESS_MASK for entry in opened.volume.map.leaf(0).entries[:COPY_BATCH_CHUNKS]]
+        sources = [entry & ADDRESS_MASK for entry in opened.volume.map.leaf(0).entries[: COPY_BATCH_BYTES // CHUNK]]
         # The write makes room first, and the copies wait behind it for the first journal.
         whole_step = RESERVE_STEP_MIN_BYTES // CHUNK
-        written = bytes(CHUNK) * (whole_step - COPY_BATCH_CHUNKS // 2)
+        written = bytes(CHUNK) * (whole_step - COPY_BATCH_BYTES // CHUNK // 2)
         writing = asyncio.create_task(write(handle, CHUNK, written))
         copies = await asyncio.create_task(opened.slow.copy_chunks(sources))
         await writing

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from blockvirt.errors import DeviceFault, InUse, InvalidRequest, NotFound
-from blockvirt.limits import SCRUB_BATCH_CHUNKS
 from blockvirt.lun.address import chunk_of
 from blockvirt.meta.keys import Table, leaf_key, number_key
 from blockvirt.meta.preread import ThroughFile, Unreadable
@@ -24,6 +23,7 @@ from tests.volumes.conftest import until, write
 
 CHUNK = 4096
 CHUNKS = 100
+BATCH_CHUNKS = 16
 SIZE = CHUNKS * CHUNK
 
 
@@ -72,7 +72,8 @@ class Ground:
 
 
 @pytest.fixture
-async def ground(pool: SnapshotPool) -> Ground:
+async def ground(pool: SnapshotPool, monkeypatch: pytest.MonkeyPatch) -> Ground:
+    monkeypatch.setattr(scrub_run, "SCRUB_BATCH_BYTES", BATCH_CHUNKS * CHUNK)
     made = Ground(pool, Scrubbing(pool.engine))
     await made.begin()
     return made
@@ -260,4 +261,4 @@ async def test_a_device_that_is_away_is_no_damage(ground: Ground, monkeypatch: p
     monkeypatch.setattr(storage, "path_of", path_of)
     found = await ground.scrub()
     assert (found.damaged, found.chunks) == (0, 0)
-    assert found.unread_chunks >= CHUNKS + CHUNKS // 2 - SCRUB_BATCH_CHUNKS
+    assert found.unread_chunks >= CHUNKS + CHUNKS // 2 - BATCH_CHUNKS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockvirt.errors import MetadataFault, PoolFull
-from blockvirt.limits import JOB_PROGRESS_S, SCRUB_BATCH_CHUNKS
+from blockvirt.limits import JOB_PROGRESS_S
 from blockvirt.meta.keys import Table
 from blockvirt.meta.preread import ThroughFile
 from blockvirt.meta.store import Store
@@ -18,7 +18,7 @@ from blockvirt.snapshots.scrub_chunks import ChunkProof, Reading
 from blockvirt.snapshots.scrub_pace import Pace
 from blockvirt.units import MIB
 from tests.snapshots.conftest import SnapshotPool
-from tests.snapshots.test_scrub import CHUNK, CHUNKS, Ground, flip
+from tests.snapshots.test_scrub import BATCH_CHUNKS, CHUNK, CHUNKS, Ground, flip
 from tests.volumes.conftest import abandon, until
 
 SEALED = CHUNKS + CHUNKS // 2
@@ -42,6 +42,11 @@ class Virtual:
         if self.stop_after is not None and len(self.rests) >= self.stop_after:
             self.stopped.set()
             await self.go_on.wait()
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrub_run, "SCRUB_BATCH_BYTES", BATCH_CHUNKS * CHUNK)
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ async def test_a_cancelled_one_keeps_what_it_found_and_ends_at_once(tmp_path: Pa
     time.go_on.set()
     assert (await cancelling).state == "cancelled"
     found = ground.result(job_id)
-    assert (found.chunks, found.damaged, found.ended_s) == (SCRUB_BATCH_CHUNKS, 1, 0)
+    assert (found.chunks, found.damaged, found.ended_s) == (BATCH_CHUNKS, 1, 0)
     assert len(ground.scrubbing.results().standing) == 1
     time.stop_after = None
     assert (await ground.scrub()).chunks == SEALED, "another one may begin, and does so anew"
@@ -125,7 +130,7 @@ async def test_it_goes_on_where_it_was_and_counts_nothing_twice(
     job_id = await ground.scrubbing.start()
     await time.stopped.wait()
     before = list(read_chunks)
-    assert len(before) == 3 * SCRUB_BATCH_CHUNKS
+    assert len(before) == 3 * BATCH_CHUNKS
     read_chunks.clear()
     if killed:
         ground.pool.sealer.cancel()
@@ -141,7 +146,7 @@ async def test_it_goes_on_where_it_was_and_counts_nothing_twice(
     assert (job.state, found.damaged, found.chunks) == ("done", 2, SEALED)
     assert len({each.address for each in found.findings}) == 2
     # Of the three batches only the first one, with the damage, is durable where the daemon was killed.
-    assert set(read_chunks) & set(before) == set(before[SCRUB_BATCH_CHUNKS:] if killed else ())
+    assert set(read_chunks) & set(before) == set(before[BATCH_CHUNKS:] if killed else ())
     assert len(set(before) | set(read_chunks)) == SEALED
     assert job.percent == 100
     await ground.pool.close()

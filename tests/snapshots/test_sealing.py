@@ -15,7 +15,7 @@ from blockvirt.lun.address import address, chunk_of, file_of
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store
 from blockvirt.volumes.checksums import GROUP_CHUNKS, SealedChecksums, find_checksum, forget_checksums, put_checksums
-from blockvirt.volumes.requests import NewVolume
+from blockvirt.volumes.requests import NewVolume, VolumeChange
 from blockvirt.volumes.volume import Volume
 from tests.snapshots.conftest import SnapshotPool
 from tests.volumes.conftest import findings, read, until, until_punched, write
@@ -75,6 +75,28 @@ async def test_a_damaged_chunk_is_not_copied(pool: SnapshotPool, cold: bool, mon
     assert await read(handle, 3 * CHUNK, 2 * CHUNK) == b"c" * CHUNK + b"ab" + b"a" * (CHUNK - 2)
     await handle.close()
     assert not findings(pool)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["at once", "in steps"])
+async def test_the_chunk_that_a_volume_ends_in_is_written_whole_up_to_there(
+    pool: SnapshotPool, monkeypatch: pytest.MonkeyPatch, general: bool
+) -> None:
+    """What is damaged is mended so, and a copy would have to be intact."""
+    handle = await pool.open(await pool.volume(3 * CHUNK + 512, "v"))
+    volume = handle._opened.volume
+    await write(handle, 0, b"a" * (3 * CHUNK + 512))
+    await pool.snapshots.create({"v": "a"})
+    await sealed(pool)
+    for chunk in (2, 3):
+        flip(volume, chunk)
+    first = 2 * CHUNK if general else 3 * CHUNK
+    await write(handle, first, b"b" * (3 * CHUNK + 512 - first))
+    assert await read(handle, 3 * CHUNK, 512) == b"b" * 512
+    await handle.close()
+    await pool.catalogue.change("v", VolumeChange(size_bytes=4 * CHUNK))
+    handle = await pool.open(volume.record.id)
+    assert await read(handle, 3 * CHUNK, CHUNK) == b"b" * 512 + bytes(CHUNK - 512)
+    await handle.close()
 
 
 async def test_a_damaged_chunk_keeps_a_flatten_from_hiding_it(pool: SnapshotPool) -> None:

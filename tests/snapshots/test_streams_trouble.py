@@ -277,6 +277,18 @@ async def test_a_snapshot_smaller_than_its_base_is_refused(here: StreamPool, rec
     await check_untouched(there, sent, base=True)
 
 
+async def test_a_snapshot_larger_than_this_pools_chunks_can_number_is_refused(
+    here: StreamPool, receiver: Receiver
+) -> None:
+    sent, there = await chain(here), receiver.pool
+    (record,) = await there.take_in("web", sent.first)
+    await there.catalogue.set_policy(overcommit_ratio=1e6)
+    header = header_for([], base=StreamBase(record.source_id, "s0"), size_bytes=(CHUNK << 32) + 512)
+    with pytest.raises(InvalidSize, match="cannot have"):
+        await there.take_in("web", stream_of(header, []))
+    await check_untouched(there, sent, base=True)
+
+
 async def test_growth_is_promised_only_if_it_comes(here: StreamPool, receiver: Receiver) -> None:
     sent, there = await chain(here), receiver.pool
     (record,) = await there.take_in("web", sent.first)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from blockvirt.errors import DeviceFault, VolumeStopped
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.checkpoint import Checkpointer
 from tests.volumes.conftest import Pool, findings, read, write
@@ -80,4 +81,40 @@ async def test_the_steps_before_the_one_that_failed_are_journalled(pool: Pool, m
     assert not volume.unsettled()
     assert volume.stats.journal_appends == journalled + 1
     assert await read(handle, CHUNK, CHUNK) == b"b" * CHUNK
+    await handle.close()
+
+
+async def test_a_trim_that_is_refused_has_changed_nothing(pool: Pool) -> None:
+    """The file of what it would free is not there: a disk came back without it."""
+    volume_id = await pool.volume(SIZE)
+    handle = await pool.open(volume_id)
+    await write(handle, 0, b"a" * 8 * CHUNK)
+    await handle.close()
+    await pool.close()
+    (path,) = (pool.device / "files").iterdir()
+    path.rename(path.with_name("hidden"))
+    await pool.start()
+    handle = await pool.open(volume_id)
+    for _ in range(2):
+        with pytest.raises(DeviceFault):
+            await handle.zero(0, 4 * CHUNK, punch=True)
+    await handle.close()
+    await pool.close()
+    path.with_name("hidden").rename(path)
+    await pool.start()
+    assert not findings(pool, leaks=True)
+    handle = await pool.open(volume_id)
+    assert await read(handle, 0, 8 * CHUNK) == b"a" * 8 * CHUNK
+    await handle.close()
+
+
+async def test_a_frame_that_cannot_be_made_stops_the_volume(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may stay staged: who comes next would journal it, or fail as well."""
+    handle = await pool.open(await pool.volume(SIZE))
+    await write(handle, 0, b"a")
+    volume = handle._opened.volume
+    volume.stage(1 << 32, 1, volume.map.readable(0))
+    with pytest.raises(VolumeStopped):
+        volume.settle()
+    assert not volume.unsettled()
     await handle.close()

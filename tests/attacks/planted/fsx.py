@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 
-from blockvirt.lun import plan
-from blockvirt.lun.leaf import SLOT_BITS, Leaf
-from blockvirt.lun.plan import Action, WriteStep
+from blockvirt.lun.address import ADDRESS_MASK
+from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK, Leaf
 from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Reader
 from blockvirt.snapshots import changed_blocks, changes
-from blockvirt.volumes import leaf_map, versions
+from blockvirt.volumes import leaf_map, versions, volume
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.slow_path import SlowPath
 from blockvirt.volumes.transfer import Transfer
@@ -69,15 +68,31 @@ def _keep_leaves(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LeafMap, "close", closed)
 
 
-def _run(self: Transfer) -> None:
-    """Copy what lies before the new data, and forget what lies behind it."""
-    end = self.within + len(self.data)
-    if self.content is not None:
-        self.content[end:] = bytes(len(self.content) - end)
-    _RUN(self)
+def _forget_tails(patch: pytest.MonkeyPatch) -> None:
+    """Copy what lies before the new data, and forget what lies behind it: inside one chunk, and in steps."""
+    run, write = Transfer.run, Volume._write_new_chunk
 
+    def forgetful_run(self: Transfer) -> None:
+        end = self.within + len(self.data)
+        if self.content is not None:
+            self.content[end:] = bytes(len(self.content) - end)
+        run(self)
 
-_RUN = Transfer.run
+    def forgetful_write(self: Volume, chunk: int, within: int, old: int, data: memoryview) -> bool:
+        old_content = self._old_content
+
+        def cut(entry: int) -> bytearray | None:
+            content = old_content(entry)
+            if content is not None:
+                content[within + len(data) :] = bytes(self.chunk_bytes - within - len(data))
+            return content
+
+        with pytest.MonkeyPatch.context() as cutting:
+            cutting.setattr(self, "_old_content", cut)
+            return write(self, chunk, within, old, data)
+
+    patch.setattr(Transfer, "run", forgetful_run)
+    patch.setattr(Volume, "_write_new_chunk", forgetful_write)
 
 
 def _miss_the_last_leaf(patch: pytest.MonkeyPatch) -> None:
@@ -91,12 +106,10 @@ def _miss_the_last_leaf(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "changed_leaves", wrong)
 
 
-def _plan(self: Volume, offset: int, length: int) -> list[WriteStep]:
-    def entry_of(chunk: int) -> int:
-        is_own = self.map.leaf(chunk >> SLOT_BITS).birth
-        return self.map.readable(chunk) if is_own else self.map.writable(chunk)
-
-    return plan.plan_write(entry_of, offset, length, self.chunk_shift)
+def _writable(self: LeafMap, chunk: int) -> int:
+    leaf = self.leaf(chunk >> SLOT_BITS)
+    entry = leaf.entries[chunk & SLOT_MASK]
+    return entry if leaf.birth else entry & ADDRESS_MASK
 
 
 def _lineage(reader: Reader, branch: BranchRecord, epoch: int) -> list[tuple[int, int]]:
@@ -110,15 +123,6 @@ _LINEAGE = versions.lineage
 
 def _see_later(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(leaf_map, "lineage", _lineage)
-
-
-def _continue_any(patch: pytest.MonkeyPatch) -> None:
-    """Merge overwrites in place whose chunks do not lie side by side."""
-
-    def continues(last: WriteStep, entry: int) -> bool:
-        return last.action is Action.OVERWRITE or last.action is Action.ALLOCATE
-
-    patch.setattr(plan, "_continues", continues)
 
 
 BUGS: tuple[Bug, ...] = (
@@ -158,7 +162,7 @@ BUGS: tuple[Bug, ...] = (
         "copy-on-write leaves zeros behind the new data",
         ("I4",),
         "fsx",
-        replacing(Transfer, "run", _run),
+        _forget_tails,
     ),
     Bug(
         "changed-blocks-miss-a-leaf",
@@ -172,7 +176,7 @@ BUGS: tuple[Bug, ...] = (
         "what was allocated before a snapshot is overwritten in place after it",
         ("I5",),
         "fsx",
-        replacing(Volume, "plan", _plan),
+        replacing(LeafMap, "writable", _writable),
     ),
     Bug(
         "clone-sees-later-writes",
@@ -187,7 +191,7 @@ BUGS: tuple[Bug, ...] = (
         "chunks that do not lie side by side are overwritten in place as if they did",
         ("I4",),
         "fsx",
-        _continue_any,
+        replacing(volume, "is_run", lambda entries, first, end: all(entries[first:end])),
         is_quick=False,
     ),
 )

@@ -19,7 +19,7 @@ from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug
 from tests.attacks.planted.bugs import replacing as by
 
-_LATE_S = 0.01
+_LATE_S = 0.05
 EXT4, XFS = 2, 3
 
 
@@ -64,7 +64,7 @@ _open = OpenSnapshot.__init__
 
 
 def _plan(self: Volume, offset: int, length: int) -> list[WriteStep]:
-    return plan_write(self.map.readable, offset, length, self.chunk_shift)
+    return plan_write(self.map.readable, offset, length, self.chunk_shift, self.size_bytes)
 
 
 BUGS = (

@@ -61,7 +61,7 @@ def _journal_first(self: Any, offset: int, data: memoryview) -> bool:
     steps = self.plan(offset, len(data))
     if not self.has_room(steps):
         return False
-    copies = [self._old_content(step) for step in steps if step.action.name == "COPY"]
+    copies = [self._old_content(step.entry) for step in steps if step.action.name == "COPY"]
     if None in copies:
         return False
     transfers = assign(self.files, self.tail, self.chunk_shift, steps, data, copies)
@@ -71,6 +71,14 @@ def _journal_first(self: Any, offset: int, data: memoryview) -> bool:
     for transfer in transfers:
         transfer.run()
     return True
+
+
+def _map_first(patch: pytest.MonkeyPatch) -> None:
+    def in_one_chunk(self: Any, chunk: int, within: int, old: int, data: memoryview) -> bool:
+        return _journal_first(self, (chunk << self.chunk_shift) + within, data)
+
+    patch.setattr(Volume, "_write_steps_now", _journal_first)
+    patch.setattr(Volume, "_write_new_chunk", in_one_chunk)
 
 
 _close = OpenVolume.close
@@ -209,7 +217,7 @@ BUGS = (
         "map-before-data",
         "a write is journalled before its data is written",
         "I3b I8",
-        replacing(Volume, "_write_steps_now", _journal_first),
+        _map_first,
         "copies",
         range(20, 24),
     ),

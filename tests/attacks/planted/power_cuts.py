@@ -64,7 +64,7 @@ def _zero_of(*_: Any) -> int:
 def _bug(
     name: str, what: str, plant: Callable[[pytest.MonkeyPatch], None], *breaks: str, is_quick: bool = False
 ) -> Bug:
-    return Bug(name, what, breaks, ATTACK, plant, count=8, seed=1, is_quick=is_quick)
+    return Bug(name, what, breaks, ATTACK, plant, count=20, seed=1, is_quick=is_quick)
 
 
 BUGS: tuple[Bug, ...] = (
