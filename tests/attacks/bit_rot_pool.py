@@ -207,9 +207,9 @@ def leave_journal(daemon: SmallChunks) -> list[tuple[Path, int, int]]:
             await client.go(daemon.export)
             for number in range(60):
                 await client.write(chance.randrange(1_300) * CHUNK_BYTES, bytes([number + 1]) * CHUNK_BYTES)
+            daemon.kill9()  # while the volume is open: a close brings what the journal holds into the metadata
 
     asyncio.run(write())
-    daemon.kill9()
     frames = []
     for path in sorted((daemon.device / "journal").iterdir()):
         content, at = path.read_bytes(), FRAMES_AT_BYTES

@@ -35,6 +35,7 @@ MUST_HAPPEN = (
     "volumes deleted",
     "maps proved",
     "errors explained",
+    "refused for lack of space",
     "reopened",
 )
 """Figures that are not 0 after enough trials: else the attack attacks nothing."""
@@ -123,7 +124,7 @@ def run(budget: Budget) -> Outcome:
 ATTACK = Attack(
     name="simulation",
     unit="histories",
-    promises=("I1", "I2", "I3", "I3b", "I4", "I5", "I6", "I7", "I8"),
+    promises=("I1", "I2", "I3", "I3b", "I4", "I5", "I6", "I7", "I8", "I10"),
     trials={Level.SAMPLE: 40, Level.PROVE: 1_000, Level.SOAK: 50_000},
     run=run,
     in_memory=True,

@@ -7,6 +7,7 @@ from typing import Any
 
 from blockvirt.errors import BlockvirtError, DeviceFault, InUse, NotFound, PoolFull, VolumeStopped
 from blockvirt.volumes.requests import NewVolume, VolumeChange
+from tests.attacks.simulation_full import MAY_NEED_SPACE, only_what_needs_space
 from tests.attacks.simulation_model import CELL, Broken, Group, Snapshot, Volume, Write, packed, taken, unpacked
 from tests.attacks.simulation_world import CHUNK_CELLS, Undecided, Use, World, runs
 
@@ -78,6 +79,9 @@ class Clients:
         except PoolFull as error:
             if not self.world.machine.was_full:
                 raise Broken(f"{volume.name} finds the pool full, which it is not") from error
+            if name not in MAY_NEED_SPACE:
+                raise Broken(f"a full pool keeps {volume.name} from {name}, which needs no space") from error
+            self.world.outcome.add("refused for lack of space")
         except (VolumeStopped, DeviceFault, OSError) as error:
             if name == "group":
                 return  # which of the two it was does not count
@@ -121,17 +125,16 @@ class Clients:
         """A batch of writes, as a session does them: at once where possible, the others after the batch."""
         async with self._using(volume) as handle:
             slow: list[tuple[Write, range]] = []
-            fast: list[Write] = []
+            fast: list[tuple[Write, range]] = []
             failed: BlockvirtError | OSError | None = None
             began_s = self.world.machine.now_s()
             for _ in range(self.dice.choice((1, 1, 2, 4))):
                 cells = self._range(volume, handle.size_bytes)
                 write = volume.begin(self.world.number(), cells, self.world.tick())
                 try:
-                    if handle.write_now(cells.start * CELL, memoryview(packed(write.stamp) * len(cells))):
-                        fast.append(write)
-                    else:
-                        slow.append((write, cells))
+                    with only_what_needs_space(handle, cells):
+                        done = handle.write_now(cells.start * CELL, memoryview(packed(write.stamp) * len(cells)))
+                    (fast if done else slow).append((write, cells))
                 except (BlockvirtError, OSError) as error:
                     volume.end(write, self.world.tick(), answered=False)
                     failed = error
@@ -139,10 +142,10 @@ class Clients:
             try:
                 handle.settle()  # whatever became of the last one
             except (BlockvirtError, OSError):
-                for each in [*fast, *(each for each, _ in slow)]:
+                for each, _ in [*fast, *slow]:
                     volume.end(each, self.world.tick(), answered=False)
                 raise
-            for write in fast:
+            for write, _ in fast:
                 self._answered(volume, write, began_s)
             tasks = [asyncio.create_task(self._slow_write(volume, handle, *each)) for each in slow]
             if tasks:
@@ -154,7 +157,8 @@ class Clients:
     async def _slow_write(self, volume: Volume, handle: Any, write: Write, cells: range) -> None:
         fua = self.dice.random() < 0.1
         data = memoryview(packed(write.stamp) * len(cells))
-        await self._one(volume, write, handle.write(cells.start * CELL, data, fua=fua), fua=fua)
+        with only_what_needs_space(handle, cells):
+            await self._one(volume, write, handle.write(cells.start * CELL, data, fua=fua), fua=fua)
 
     async def zero(self, volume: Volume) -> None:
         """A trim, or zeros."""
@@ -170,7 +174,8 @@ class Clients:
             write = volume.begin(0, sorted(touched), self.world.tick())
             fua, punch = self.dice.random() < 0.1, len(cells) > 100 or self.dice.random() < 0.7
             zeroed = handle.zero(cells.start * CELL, len(cells) * CELL, punch=punch, fua=fua)
-            await self._one(volume, write, zeroed, fua=fua)
+            with only_what_needs_space(handle, cells, punch=punch):
+                await self._one(volume, write, zeroed, fua=fua)
 
     async def _one(self, volume: Volume, write: Write, request: Awaitable[None], *, fua: bool) -> None:
         began_s = self.world.machine.now_s()
@@ -390,8 +395,6 @@ class Clients:
 
     def fault(self) -> None:
         """Something goes wrong for a while."""
-        errors = {"sync_fails": 0.3, "write_fails": 0.1} if self.world.has_errors else {}
-        kinds = {"write_is_short": 0.5} | errors | ({"is_full": True} if errors else {})
-        name = self.dice.choice(list(kinds))
-        setattr(self.world.machine.faults, name, kinds[name])
-        asyncio.get_running_loop().call_later(self.dice.choice((1e-3, 0.05, 0.5)), self.world.mend)
+        errors = [("sync_fails", 0.3), ("write_fails", 0.1)] if self.world.has_errors else []
+        setattr(self.world.machine.faults, *self.dice.choice([("write_is_short", 0.5), ("is_full", True), *errors]))
+        asyncio.get_running_loop().call_later(self.dice.choice((1e-3, 0.05, 0.5, 5.0)), self.world.mend)

@@ -19,9 +19,9 @@ from blockvirt import syscalls
 from blockvirt.meta import store as store_module
 from blockvirt.pool import backing, devices
 from blockvirt.snapshots.reader import SnapshotHandle
-from blockvirt.units import GIB, KIB
+from blockvirt.units import GIB, KIB, MIB
 from blockvirt.volumes import engine as engine_module
-from blockvirt.volumes import flush, journal, journal_opening
+from blockvirt.volumes import flush, journal, journal_opening, tail
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.jobs import JobBoard
@@ -77,6 +77,8 @@ def interposed(machine: Machine, journal_bytes: int) -> Iterator[None]:
         patch.setattr(os, "fsync", machine.sync)
         # Requests are small here; flushes that go into the journal and those that sync at home are to take turns.
         patch.setattr(flush, "FLUSH_EMBED_BYTES", dice.choice((KIB, 4 * KIB)))
+        # A disk that is full is to be noticed.
+        patch.setattr(tail, "RESERVE_STEP_MIN_BYTES", dice.choice((32 * KIB, 128 * KIB, MIB)))
         space = SimpleNamespace(f_frsize=_PAGE, f_blocks=64 * GIB // _PAGE, f_bavail=32 * GIB // _PAGE)
         patch.setattr(os, "statvfs", lambda _: space)
         patch.setattr(syscalls, "_call", machine.fallocate)
