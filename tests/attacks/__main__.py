@@ -26,6 +26,7 @@ from tests.attacks.slices import (
     side_by_side,
     sliced,
     sliced_bugs,
+    verdict,
 )
 from tests.conftest import CI, why_missing
 
@@ -57,7 +58,7 @@ def main() -> int:
     rows = [row(attack, options.seed, outcomes[attack.name], seconds[attack.name]) for attack in attacks]
     if any(isinstance(work, BugSlice) for queue in queues for work in queue):
         rows.append(("planted bugs", f"{planted - len(missed)} of {planted} caught", "", ", ".join(missed)))
-    print_table(rows)
+    print_table([*rows, verdict(sum(len(outcome.failures) for outcome in outcomes.values()))])
     print(f"{time.monotonic() - began_s:.0f} s in all")
     return 1 if missed or any(outcome.failures for outcome in outcomes.values()) else 0
 

@@ -156,6 +156,8 @@ def _checked(bench: Bench, damage: Damage, answer: dict[str, Any], outcome: Outc
     if "fault" in answer:
         return f"a check must say what is wrong: {answer['fault']}"
     if damage.kind is Kind.FREE:
+        if answer["digest"] != bench.digest:
+            return "a flip in what nothing uses has changed rows"
         return f"what nothing uses is called damaged: {answer['found']}" if answer["found"] else ""
     if answer["found"]:
         outcome.add("found")

@@ -153,6 +153,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def verdict(broken: int) -> tuple[str, ...]:
+    """The last row of the table: each of these would be a broken promise."""
+    lost = ("acknowledged flushes lost", "writes lost to SIGKILL", "check errors beyond leaks")
+    return ("all of them", "", f"{broken} broken", "" if broken else "".join(f"{each}: 0  " for each in lost))
+
+
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows in columns."""
     widths = [max(len(each[column]) for each in rows) for column in range(3)] if rows else []

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.attacks.attack import Attack, Level, Outcome
 from tests.attacks.catalogue import ATTACKS, load
-from tests.attacks.slices import JOBS, Done, Slice, Work, print_table, side_by_side
+from tests.attacks.slices import JOBS, Done, Slice, Work, print_table, side_by_side, verdict
 
 LEDGER = Path(__file__).parents[2] / "docs" / "soak-ledger.md"
 TURNS = 10  # slices of a prove's size that one attack gets before the next has its turn: a tenth of it each
@@ -81,7 +81,9 @@ def main() -> int:
     slices = until(time.monotonic() + options.part_minutes * 60, next_slices(attacks, done))
     mine = rows_of(side_by_side(slices, options.jobs), time.strftime("%Y-%m-%d"), head())
     LEDGER.write_text((LEDGER.read_text() if LEDGER.exists() else HEAD) + "".join(row.line() for row in mine))
-    print_table([summary(attack, done + mine) for attack in attacks])
+    print_table(
+        [*(summary(attack, done + mine) for attack in attacks), verdict(sum(row.broken for row in done + mine))]
+    )
     return 1 if any(row.broken for row in mine) else 0
 
 
@@ -125,10 +127,20 @@ def summary(attack: Attack, rows: list[Row]) -> tuple[str, ...]:
     trials, broken, seconds = (sum(getattr(row, name) for row in mine) for name in ("trials", "broken", "seconds"))
     return (
         attack.name,
-        f"{trials:,} of {attack.trials[Level.SOAK]:,} {attack.unit}, up to seed {next_seed(rows, attack.name) - 1}",
+        f"{trials:,} of {attack.trials[Level.SOAK]:,} {attack.unit} from seed 1",
         f"{broken} broken",
-        f"{seconds:,} s",
+        f"{seconds:,} s  " + ", ".join(f"{name}: {value:,}" for name, value in figures_of(mine).items()),
     )
+
+
+def figures_of(rows: list[Row]) -> "Counter[str]":
+    """Return what the rows of an attack have counted, together."""
+    figures = Counter[str]()
+    for row in rows:
+        for figure in row.figures.split(", ") if row.figures else []:
+            name, _, value = figure.rpartition(": ")
+            figures[name] += int(value)
+    return figures
 
 
 def head() -> str:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.attacks import slices
 from tests.attacks.attack import Attack, Budget, Level, Outcome
-from tests.attacks.slices import BugSlice, Done, Slice, in_turns, side_by_side, sliced
-from tests.attacks.soak import HEAD, Row, left, next_seed, next_slices, rows_in, rows_of, until
+from tests.attacks.slices import BugSlice, Done, Slice, in_turns, side_by_side, sliced, verdict
+from tests.attacks.soak import HEAD, Row, figures_of, left, next_seed, next_slices, rows_in, rows_of, summary, until
 
 TRIALS = {Level.SAMPLE: 1, Level.PROVE: 40, Level.SOAK: 10}
 
@@ -59,6 +59,11 @@ def test_a_ledger_is_read_as_it_was_written() -> None:
     assert next_seed(rows, "kills") == 151
     assert next_seed(rows, "faults") == 1
     assert left(rows, attack("kills")) == 10 - 150
+    assert figures_of([*rows, *rows]) == {"kills": 198, "replies": 2}
+    told = summary(attack("kills"), rows)
+    assert told == ("kills", "150 of 10 trials from seed 1", "1 broken", "90 s  kills: 99, replies: 1")
+    assert verdict(1)[2:] == ("1 broken", "")
+    assert "writes lost to SIGKILL: 0" in verdict(0)[3]
 
 
 def test_slices_are_all_trials_once_and_few_stay_together() -> None:
