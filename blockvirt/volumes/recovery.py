@@ -161,7 +161,8 @@ def sync_overwrites(context: VolumeContext, branch: BranchRecord) -> None:
 def replay_in_memory(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Replay:
     """Return the map as recovery would make it, without changing anything: for the offline check."""
     records = files_of(context.store, branch.number)
-    complete = not found.stop_reason and _same_page_cache(context, found, records)
+    is_stopped = bool(branch.stopped or found.stop_reason)  # its journal may have been what could not be written
+    complete = not is_stopped and _same_page_cache(context, found, records)
     return _replay(context, branch, records, _frames(branch, found, complete=complete))
 
 

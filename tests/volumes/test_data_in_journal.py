@@ -1,13 +1,17 @@
 """Data that flushes leave in the journal: what takes room there, and what it must not look like."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord
+from blockvirt.meta.store import Writer
 from blockvirt.volumes.journal import FILE_SIZES_BYTES, Journal, JournalHeader
 from blockvirt.volumes.journal_frames import CHANGE, Kind, pack
-from tests.volumes.conftest import Pool, read, until, write
+from tests.volumes.conftest import Pool, abandon, findings, read, until, write
 from tests.volumes.test_flush import CHUNK, FIRST, again, opened
 
 
@@ -54,3 +58,21 @@ async def test_a_guests_bytes_are_no_frames(pool: Pool) -> None:
     handle = await again(pool, volume_id, power_cut=False)
     assert await read(handle, 100 * CHUNK, 20 * CHUNK) == FIRST * 20
     await handle.close()
+
+
+async def test_the_check_believes_no_frame_of_a_volume_that_the_metadata_call_stopped(pool: Pool) -> None:
+    """Its journal could not take the note; and a recovery that failed has cut its file back to what was flushed."""
+    volume_id = await pool.volume(64 * CHUNK)
+    handle = await pool.open(volume_id)
+    await write(handle, 0, FIRST)
+    volume = handle._opened.volume
+    branch, (file,) = volume.branch_record, volume.files.own()
+
+    def stop(writer: Writer) -> None:
+        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(branch, stopped="it cannot be written"))
+
+    pool.engine.store.commit_now(stop)
+    await abandon(pool, power_cut=False)
+    os.truncate(file.path, 0)
+    await pool.start()
+    assert not findings(pool)
