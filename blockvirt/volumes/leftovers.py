@@ -44,7 +44,7 @@ class Leftovers:
         if reason and not reopen:
             raise stopped_error(record.name, reason)
         if found is not None:
-            await self._recover(record, branch, found, reason)
+            await self._recover(record, branch, found)
         elif reason:
             with _in_our_words(record):
                 await context.threads.run(lambda: go_back_to_disk(context, branch))
@@ -59,9 +59,7 @@ class Leftovers:
                 await context.threads.run(lambda: sync_overwrites(context, branch))
         self._synced.add(branch.number)
 
-    async def _recover(self, record: VolumeRecord, branch: BranchRecord, found: FoundJournal, reason: str) -> None:
-        if reason:
-            found = replace(found, stop_reason=reason)
+    async def _recover(self, record: VolumeRecord, branch: BranchRecord, found: FoundJournal) -> None:
         with _in_our_words(record):
             done = await self._context.threads.run(lambda: recover(self._context, branch, found))
         await self._recount(branch.number)

@@ -99,7 +99,7 @@ def recover(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -
     where a sync failed, the volume waits for ``volume reopen`` from then on.
     """
     records = files_of(context.store, branch.number)
-    complete = not found.stop_reason and _same_page_cache(context, found, records)
+    complete = _is_complete(context, branch, found, records)
     frames = _frames(branch, found, complete=complete)
     replay = _replay(context, branch, records, frames)
     files = _open(context, branch, records, replay)
@@ -161,9 +161,16 @@ def sync_overwrites(context: VolumeContext, branch: BranchRecord) -> None:
 def replay_in_memory(context: VolumeContext, branch: BranchRecord, found: FoundJournal) -> Replay:
     """Return the map as recovery would make it, without changing anything: for the offline check."""
     records = files_of(context.store, branch.number)
-    is_stopped = bool(branch.stopped or found.stop_reason)  # its journal may have been what could not be written
-    complete = not is_stopped and _same_page_cache(context, found, records)
+    complete = _is_complete(context, branch, found, records)
     return _replay(context, branch, records, _frames(branch, found, complete=complete))
+
+
+def _is_complete(context: VolumeContext, branch: BranchRecord, found: FoundJournal, records: list[FileRecord]) -> bool:
+    """Tell whether every frame counts: the page cache is whole, and nobody has noted that the volume stopped.
+
+    The metadata alone may say so: the journal may have been what could not be written.
+    """
+    return not (branch.stopped or found.stop_reason) and _same_page_cache(context, found, records)
 
 
 def _same_page_cache(context: VolumeContext, found: FoundJournal, records: list[FileRecord]) -> bool:

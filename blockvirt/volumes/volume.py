@@ -158,7 +158,7 @@ class Volume:
     def _write_new_chunk(self, chunk: int, within: int, old: int, data: memoryview) -> bool:
         """Write inside one chunk, to a new address; what ``data`` does not cover is copied from ``old``, if anything.
 
-        As ``_write_steps_now`` does it for any steps, in a third of the calls.
+        As ``_write_steps_now`` does it for any steps, with a third fewer calls.
         """
         if not self.has_journal_room(1) or not self.tail.room():
             return False

@@ -78,9 +78,7 @@ async def test_a_damaged_chunk_is_not_copied(pool: SnapshotPool, cold: bool, mon
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["at once", "in steps"])
-async def test_the_chunk_that_a_volume_ends_in_is_written_whole_up_to_there(
-    pool: SnapshotPool, monkeypatch: pytest.MonkeyPatch, general: bool
-) -> None:
+async def test_the_chunk_that_a_volume_ends_in_is_written_whole_up_to_there(pool: SnapshotPool, general: bool) -> None:
     """What is damaged is mended so, and a copy would have to be intact."""
     handle = await pool.open(await pool.volume(3 * CHUNK + 512, "v"))
     volume = handle._opened.volume

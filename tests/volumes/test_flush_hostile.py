@@ -33,6 +33,13 @@ def slow_read(handle: Handle) -> Iterator[None]:
         inflight.leave(number)
 
 
+async def reopened(pool: Pool, volume_id: str, handle: Handle) -> Handle:
+    """Close a volume that has stopped, and have it back as an administrator would."""
+    await handle.close()
+    await pool.engine.registry.reopen(volume_id)
+    return await pool.open(volume_id)
+
+
 async def test_a_checkpoint_names_no_address_behind_the_durable_size(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,9 +176,7 @@ async def test_a_stopped_volume_comes_back_with_the_data_of_its_journal(
         with pytest.raises(VolumeStopped):
             await handle.flush()
     lose_at_home(handle, 1, b"z" * CHUNK)
-    await handle.close()
-    await pool.engine.registry.reopen(volume_id)
-    handle = await pool.open(volume_id)
+    handle = await reopened(pool, volume_id, handle)
     assert await read(handle, CHUNK, CHUNK) == FIRST
     await handle.close()
     assert not findings(pool)
@@ -319,9 +324,7 @@ async def test_a_flush_between_a_checkpoints_sync_and_its_freeze_speaks_for_what
         await flush
         with pytest.raises(VolumeStopped):
             await checkpoint
-    await handle.close()
-    await pool.engine.registry.reopen(volume_id)
-    handle = await pool.open(volume_id)
+    handle = await reopened(pool, volume_id, handle)
     assert await read(handle, CHUNK, CHUNK) == SECOND
     await handle.close()
     assert not findings(pool)
