@@ -1,7 +1,8 @@
 """`python -m tests.attacks.soak`: the long run of all attacks, in parts; the ledger says how far it has come.
 
-A part goes on with the seeds behind those of the ledger's rows, takes turns between the attacks that are not done, and
-adds its rows. So a soak is resumed by running it again, on another machine too, where the ledger is.
+A part goes on with the seeds that no row of the ledger has without a broken promise, takes turns between the attacks
+that are not done, and adds its rows. So a soak is resumed by running it again, on another machine too, where the ledger
+is; and seeds that have broken a promise are tried again, until they pass: their first row stays.
 """
 
 import argparse
@@ -23,8 +24,9 @@ LEDGER = Path(__file__).parents[2] / "docs" / "soak-ledger.md"
 TURNS = 10  # slices of a prove's size that one attack gets before the next has its turn: a tenth of it each
 HEAD = """# Soak ledger
 
-Each row is a part of a soak: `python -m tests.attacks.soak` goes on behind the last seeds and adds its own. A trial is
-replayed with `python -m tests.attacks ATTACK --seed SEED --count 1`.
+Each row is a part of a soak: `python -m tests.attacks.soak` goes on with the seeds that are left and adds its own. The
+seeds of a row with broken promises are left until a later row has them without. A trial is replayed with
+`python -m tests.attacks ATTACK --seed SEED --count 1`.
 
 | day | commit | attack | from seed | trials | broken promises | seconds | figures |
 |---|---|---|---:|---:|---:|---:|---|
@@ -60,14 +62,25 @@ def rows_in(text: str) -> list[Row]:
     return rows
 
 
-def next_seed(rows: list[Row], attack: str) -> int:
-    """Return the first seed that no row has."""
-    return max((row.first_seed + row.trials for row in rows if row.attack == attack), default=1)
+def gaps(rows: Sequence[Row], attack: str, upto: int) -> list[range]:
+    """Return the seeds from 1 to ``upto`` that no row has without a broken promise: they are to be done, or again."""
+    found, first = [], 1
+    for row in sorted((row for row in rows if row.attack == attack and not row.broken), key=lambda row: row.first_seed):
+        if row.first_seed > first:
+            found.append(range(first, min(row.first_seed, upto + 1)))
+        first = max(first, row.first_seed + row.trials)
+    return [each for each in [*found, range(first, upto + 1)] if each]
 
 
-def left(rows: list[Row], attack: Attack) -> int:
-    """Return how many trials of an attack a whole soak still needs."""
-    return attack.trials[Level.SOAK] - sum(row.trials for row in rows if row.attack == attack.name)
+def open_failures(rows: Sequence[Row], attack: Attack) -> int:
+    """Return how many promises were broken by seeds that have not passed since."""
+    to_do = gaps(rows, attack.name, attack.trials[Level.SOAK])
+    mine = [row for row in rows if row.attack == attack.name and row.broken]
+    return sum(
+        row.broken
+        for row in mine
+        if any(each.start < row.first_seed + max(row.trials, 1) and row.first_seed < each.stop for each in to_do)
+    )
 
 
 def main() -> int:
@@ -82,7 +95,10 @@ def main() -> int:
     mine = rows_of(side_by_side(slices, options.jobs), time.strftime("%Y-%m-%d"), head())
     LEDGER.write_text((LEDGER.read_text() if LEDGER.exists() else HEAD) + "".join(row.line() for row in mine))
     print_table(
-        [*(summary(attack, done + mine) for attack in attacks), verdict(sum(row.broken for row in done + mine))]
+        [
+            *(summary(attack, done + mine) for attack in attacks),
+            verdict(sum(open_failures(done + mine, attack) for attack in attacks)),
+        ]
     )
     return 1 if any(row.broken for row in mine) else 0
 
@@ -92,48 +108,57 @@ def until(deadline_s: float, slices: Iterator[Slice]) -> Iterator[Slice]:
     return itertools.takewhile(lambda _: time.monotonic() < deadline_s, slices)
 
 
-def next_slices(attacks: Sequence[Attack], done: list[Row]) -> Iterator[Slice]:
-    """Give slices of what a whole soak still needs, in turns between the attacks, behind the last seeds of each."""
-    seeds = {attack.name: next_seed(done, attack.name) for attack in attacks}
-    trials = {attack.name: left(done, attack) for attack in attacks}
-    while any(count > 0 for count in trials.values()):
+def next_slices(attacks: Sequence[Attack], done: Sequence[Row]) -> Iterator[Slice]:
+    """Give slices of what a whole soak still needs, in turns between the attacks."""
+    to_do = {attack.name: gaps(done, attack.name, attack.trials[Level.SOAK]) for attack in attacks}
+    while any(to_do.values()):
         for attack in attacks:
-            count = min(trials[attack.name], max(1, attack.trials[Level.PROVE] // TURNS))
-            if count > 0:
-                yield Slice(attack.name, seeds[attack.name], count)
-                seeds[attack.name] += count
-                trials[attack.name] -= count
+            if to_do[attack.name]:
+                gap, *others = to_do[attack.name]
+                part = gap[: max(1, attack.trials[Level.PROVE] // TURNS)]
+                yield Slice(attack.name, part.start, len(part))
+                to_do[attack.name] = [each for each in (gap[len(part) :], *others) if each]
 
 
 def rows_of(slices: Iterable[tuple[Work, Done]], day: str, commit: str) -> list[Row]:
-    """Return a row for each attack that slices were done of; together those of one attack are neighbours."""
-    outcomes, seeds, seconds = dict[str, Outcome](), dict[str, int](), Counter[str]()
-    for work, done in slices:
-        assert isinstance(work, Slice)
-        outcomes.setdefault(work.attack, Outcome()).include(done.outcome)
-        seeds[work.attack] = min(work.seed, seeds.get(work.attack, work.seed))
-        seconds[work.attack] += round(done.seconds)
+    """Return rows for what was done: one for each run of neighbouring slices of an attack that broke nothing."""
+    ended = [(work, done) for work, done in slices if isinstance(work, Slice)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(work.attack for work, _ in ended))}
+    runs: list[tuple[Slice, Outcome, float]] = []
+    for work, done in sorted(ended, key=lambda each: (order[each[0].attack], each[0].seed)):
+        if runs and not done.outcome.failures:
+            first, outcome, seconds = runs[-1]
+            is_next = (work.attack, work.seed) == (first.attack, first.seed + outcome.tried)
+            if is_next and not outcome.failures:
+                outcome.include(done.outcome)
+                runs[-1] = first, outcome, seconds + done.seconds
+                continue
+        runs.append((work, done.outcome, done.seconds))
     rows = []
-    for name, outcome in outcomes.items():
+    for first, outcome, seconds in runs:
         figures = ", ".join(f"{figure}: {value}" for figure, value in outcome.figures.items())
         broken = len(outcome.failures)
-        rows.append(Row(day, commit, name, seeds[name], outcome.tried, broken, seconds[name], figures))
+        rows.append(Row(day, commit, first.attack, first.seed, outcome.tried, broken, round(seconds), figures))
     return rows
 
 
-def summary(attack: Attack, rows: list[Row]) -> tuple[str, ...]:
+def summary(attack: Attack, rows: Sequence[Row]) -> tuple[str, ...]:
     """Return what all rows of an attack come to, for the table."""
     mine = [row for row in rows if row.attack == attack.name]
-    trials, broken, seconds = (sum(getattr(row, name) for row in mine) for name in ("trials", "broken", "seconds"))
+    asked = attack.trials[Level.SOAK]
+    trials = asked - sum(map(len, gaps(rows, attack.name, asked)))
+    broken = open_failures(rows, attack)
+    mended = sum(row.broken for row in mine) - broken
     return (
         attack.name,
-        f"{trials:,} of {attack.trials[Level.SOAK]:,} {attack.unit} from seed 1",
-        f"{broken} broken",
-        f"{seconds:,} s  " + ", ".join(f"{name}: {value:,}" for name, value in figures_of(mine).items()),
+        f"{trials:,} of {asked:,} {attack.unit} from seed 1",
+        f"{broken} broken" + (f", {mended} mended" if mended else ""),
+        f"{sum(row.seconds for row in mine):,} s  "
+        + ", ".join(f"{name}: {value:,}" for name, value in figures_of(mine).items()),
     )
 
 
-def figures_of(rows: list[Row]) -> "Counter[str]":
+def figures_of(rows: Sequence[Row]) -> "Counter[str]":
     """Return what the rows of an attack have counted, together."""
     figures = Counter[str]()
     for row in rows:

@@ -9,7 +9,7 @@ import pytest
 from tests.attacks import slices
 from tests.attacks.attack import Attack, Budget, Level, Outcome
 from tests.attacks.slices import BugSlice, Done, Slice, in_turns, side_by_side, sliced, verdict
-from tests.attacks.soak import HEAD, Row, figures_of, left, next_seed, next_slices, rows_in, rows_of, summary, until
+from tests.attacks.soak import HEAD, Row, figures_of, gaps, next_slices, open_failures, rows_in, rows_of, summary, until
 
 TRIALS = {Level.SAMPLE: 1, Level.PROVE: 40, Level.SOAK: 10}
 
@@ -37,9 +37,17 @@ def test_parts_go_on_where_the_ledger_ends_and_no_seed_comes_twice() -> None:
     rows = rows_of(ended, "2026-01-02", "abc1234")
     assert sorted((row.attack, row.first_seed, row.trials, row.broken, row.figures) for row in rows) == [
         ("one", 1, 10, 0, "kills: 20"),
-        ("other", 1, 10, 1, "kills: 20"),
+        ("other", 1, 4, 0, "kills: 8"),
+        ("other", 5, 4, 1, "kills: 8"),
+        ("other", 9, 2, 0, "kills: 4"),
     ]
-    assert not list(next_slices(attacks, rows)), "all is done"
+    (again,) = next_slices(attacks, rows)
+    assert again == Slice("other", 5, 4), "what has broken a promise is tried again"
+    assert [open_failures(rows, each) for each in attacks] == [0, 1]
+    mended = [*rows, *rows_of([(again, done(again))], "2026-01-03", "abc1235")]
+    assert not list(next_slices(attacks, mended)), "all is done"
+    assert open_failures(mended, attacks[1]) == 0
+    assert summary(attacks[1], mended)[1:3] == ("10 of 10 trials from seed 1", "0 broken, 1 mended")
 
 
 def test_a_part_that_ended_early_is_gone_on_with() -> None:
@@ -56,12 +64,12 @@ def test_a_ledger_is_read_as_it_was_written() -> None:
         Row("2026-01-03", "abc1235", "kills", 101, 50, 1, 30, ""),
     ]
     assert rows_in(HEAD + "".join(row.line() for row in rows)) == rows
-    assert next_seed(rows, "kills") == 151
-    assert next_seed(rows, "faults") == 1
-    assert left(rows, attack("kills")) == 10 - 150
+    assert gaps(rows, "kills", 200) == [range(101, 201)]
+    assert gaps(rows, "kills", 100) == []
+    assert gaps(rows, "faults", 5) == [range(1, 6)]
     assert figures_of([*rows, *rows]) == {"kills": 198, "replies": 2}
-    told = summary(attack("kills"), rows)
-    assert told == ("kills", "150 of 10 trials from seed 1", "1 broken", "90 s  kills: 99, replies: 1")
+    told = summary(replace(attack("kills"), trials=TRIALS | {Level.SOAK: 150}), rows)
+    assert told == ("kills", "100 of 150 trials from seed 1", "1 broken", "90 s  kills: 99, replies: 1")
     assert verdict(1)[2:] == ("1 broken", "")
     assert "writes lost to SIGKILL: 0" in verdict(0)[3]
 
