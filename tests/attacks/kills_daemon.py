@@ -102,6 +102,10 @@ class Shot:
     """``calls``, ``lines``, or ``plain``: not by itself."""
     target: int = 0
     """The call or line to die at, from 1 on; 0: none, they are only counted."""
+    line: str = ""
+    """Among lines: the one to die at, as "FILE:NUMBER", when it is run for the ``target``-th time."""
+    listing: str = ""
+    """Among lines: the file that says in the end how often each was run."""
 
 
 class Pool:
@@ -178,6 +182,8 @@ class Daemon:
             },
             "log": str(pool.log),
             "mode": shot.mode,
+            "line": shot.line,
+            "listing": shot.listing,
             "control": str(pool.control),
             "is_apart": is_apart,
         }

@@ -19,6 +19,7 @@ import struct
 import sys
 import threading
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +32,12 @@ TRACED = tuple(
     str(PACKAGE / name)
     for name in (
         *(f"volumes/{each}.py" for each in ("volume", "journal", "flush", "checkpoint", "commit", "transfer")),
-        *(f"volumes/{each}.py" for each in ("tail", "slow_path", "recovery", "reclaim")),
+        *(f"volumes/{each}.py" for each in ("tail", "slow_path", "recovery", "reclaim", "handle", "leaf_map")),
+        *(f"volumes/{each}.py" for each in ("ranges", "journal_frames", "journal_opening")),
         "nbd/dispatch.py",
+        "pool/backing.py",
+        "meta/store.py",
+        "meta/group_commit.py",
     )
 )
 _PR_SET_PDEATHSIG = 1
@@ -40,13 +45,17 @@ _NEW_MOUNTS, _NEW_USERS = 0x0002_0000, 0x1000_0000
 
 
 class LineKiller:
-    """Kills this process at one of the lines that it runs."""
+    """Kills this process at one of the lines that it runs: the N-th of all, or at a certain one the N-th time."""
 
-    def __init__(self, control: Path) -> None:
+    def __init__(self, control: Path, line: str) -> None:
+        """``line`` is "FILE:NUMBER", below the package, or empty."""
         with control.open("r+b") as file:
             self._shared = mmap.mmap(file.fileno(), CONTROL_BYTES)
         self._target = CONTROL.unpack_from(self._shared)[1]
         self._seen = 0
+        name, _, number = line.partition(":")
+        self._line = (str(PACKAGE / name), int(number)) if line else None
+        self._runs = Counter[tuple[str, int]]()
 
     def install(self) -> None:
         """Trace this thread and those to come."""
@@ -60,13 +69,23 @@ class LineKiller:
     def line(self, frame: FrameType, event: str, argument: object) -> Any:
         """See sys.settrace: count a line, and die at the one that is wanted."""
         if event == "line" and self._shared[0]:
+            here = frame.f_code.co_filename, frame.f_lineno
+            self._runs[here] += 1
             self._seen += 1
             struct.pack_into("<Q", self._shared, 16, self._seen)
-            if self._seen == self._target:
-                where = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}".encode()
+            if self._target == (self._seen if self._line is None else self._runs[here] if here == self._line else 0):
+                where = _named(here).encode()
                 self._shared[CONTROL.size : CONTROL.size + len(where)] = where
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.line
+
+    def list_runs(self, path: str) -> None:
+        """Write down how often each line was run: a JSON object."""
+        Path(path).write_text(json.dumps({_named(line): runs for line, runs in self._runs.items()}))
+
+
+def _named(line: tuple[str, int]) -> str:
+    return f"{Path(line[0]).relative_to(PACKAGE)}:{line[1]}"
 
 
 def be_daemon(wanted: dict[str, Any], channel: socket.socket) -> None:
@@ -76,7 +95,7 @@ def be_daemon(wanted: dict[str, Any], channel: socket.socket) -> None:
     log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for fd, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(fd, target)
-    code = 1
+    code, killer = 1, None
     try:
         os.environ.update(wanted["environment"])
         if wanted["is_apart"]:
@@ -85,7 +104,8 @@ def be_daemon(wanted: dict[str, Any], channel: socket.socket) -> None:
             be_watched(channel)
         channel.close()
         if wanted["mode"] == "lines":
-            LineKiller(Path(wanted["control"])).install()
+            killer = LineKiller(Path(wanted["control"]), wanted["line"])
+            killer.install()
         from blockvirt.cli.main import main as blockvirt
 
         sys.argv = ["blockvirt", *wanted["arguments"]]
@@ -95,6 +115,8 @@ def be_daemon(wanted: dict[str, Any], channel: socket.socket) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        if killer is not None and wanted["listing"]:
+            killer.list_runs(wanted["listing"])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

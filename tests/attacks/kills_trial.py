@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import signal
@@ -30,6 +31,10 @@ _RANDOM_EVERY = 4
 _EXACT, _TARGETS = 100_000_000, 1_000_000
 _APART = 0.25
 """So many trials go on in another mount namespace."""
+SAMPLED = 2_800
+"""So many of the first seeds are samples. Behind them all calls of all stories come, one by one, then all lines."""
+WALKED_CALLS, WALKED_LINES = 3_400, 4_000
+"""The room for these, each line at its first run and at one of the others; nothing is left for the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class Plan:
     """The call or line, from 1 on, instead of a fraction; 0: by the fraction."""
     is_apart: bool
     """The daemon starts again in a mount namespace of its own."""
+    line: str = ""
+    """The line to be killed at, "FILE:NUMBER", when it is run for the ``target``-th time; empty: any one."""
 
 
 SLOTS = [(scenario, mode) for scenario in SCENARIOS for mode in MODES if mode == "calls" or scenario.base != "none"]
@@ -96,6 +103,7 @@ class Range:
         self._worlds = {"none": World(devices={"disk1"})}
         self._streams: dict[str, bytes] = {}
         self._counts: dict[tuple[str, str], int] = {}
+        self._lines: list[tuple[Scenario, str, int]] = []
         self._where = ""
         """What the daemon was about to do when it was killed."""
 
@@ -144,34 +152,76 @@ class Range:
             finally:
                 driver.close()
 
+    def _tell(self, scenario: Scenario, shot: Shot) -> int:
+        """Tell a story to its end; returns how many calls or lines it has."""
+        world = self._base(scenario.base)
+        with self._running(shot, world, 0, armed=scenario.armed) as driver:
+            if not scenario.armed:
+                driver.daemon.arm()
+            scenario.tell(driver)
+            driver.daemon.stop()
+            return driver.daemon.seen()
+
     def count(self, scenario: Scenario, mode: str) -> int:
         """Return how many calls or lines a story has: by telling it once."""
         key = (scenario.name, mode)
         if key not in self._counts:
-            world = self._base(scenario.base)
-            with self._running(Shot(mode), world, 0, armed=scenario.armed) as driver:
-                if not scenario.armed:
-                    driver.daemon.arm()
-                scenario.tell(driver)
-                driver.daemon.stop()
-                self._counts[key] = driver.daemon.seen()
+            self._counts[key] = self._tell(scenario, Shot(mode))
         return self._counts[key]
+
+    def _all_calls(self) -> list[tuple[Scenario, int]]:
+        """Return each call of each story."""
+        return [(scenario, call + 1) for scenario in SCENARIOS for call in range(self.count(scenario, "calls"))]
+
+    def _all_lines(self) -> list[tuple[Scenario, str, int]]:
+        """Return each line that any story runs, with the first story that does, and how often that runs it."""
+        if not self._lines:
+            found: dict[str, tuple[Scenario, str, int]] = {}
+            listing = self._folder / "lines"
+            for scenario in (scenario for scenario, mode in SLOTS if mode == "lines"):
+                self._tell(scenario, Shot("lines", listing=str(listing)))
+                runs = json.loads(listing.read_text())
+                found |= {line: (scenario, line, runs[line]) for line in sorted(runs) if line not in found}
+            self._lines = list(found.values())
+        return self._lines
+
+    def _plan(self, seed: int) -> Plan | None:
+        """Return the plan of a seed; None: there is not so much to be walked through."""
+        place = seed - SAMPLED - 1
+        if not 0 <= place < WALKED_CALLS + WALKED_LINES:
+            return plan_of(seed)
+        dice = random.Random(seed)
+        is_apart = dice.random() < _APART
+        if place < WALKED_CALLS:
+            calls = self._all_calls()
+            assert len(calls) <= WALKED_CALLS, f"the stories have {len(calls)} calls: give them more room"
+            return Plan(calls[place][0], "calls", 0.0, calls[place][1], is_apart) if place < len(calls) else None
+        turn, place = divmod(place - WALKED_CALLS, WALKED_LINES // 2)
+        lines = self._all_lines()
+        assert len(lines) <= WALKED_LINES // 2, f"the stories run {len(lines)} lines: give them more room"
+        scenario, line, runs = lines[place] if place < len(lines) else (SCENARIOS[0], "", 0)
+        if runs <= turn:
+            return None
+        return Plan(scenario, "lines", 0.0, dice.randint(2, runs) if turn else 1, is_apart, line)
 
     # --- a trial ----------------------------------------------------------------------------------------------------
 
     def trial(self, seed: int) -> None:
         """Carry out the trial of a seed; failures go to the outcome."""
-        plan = plan_of(seed)
+        plan = self._plan(seed)
+        if plan is None:
+            self._outcome.add("nothing left")
+            return
         target = plan.target or 1 + int(plan.fraction * self.count(plan.scenario, plan.mode))
         self._pool.log.unlink(missing_ok=True)
         self._where = "its end"
         try:
-            expected = self._kill(plan, Shot(plan.mode, target), self._base(plan.scenario.base))
+            expected = self._kill(plan, Shot(plan.mode, target, plan.line), self._base(plan.scenario.base))
             self._judge(plan, expected)
             if "Traceback" in self._pool.log.read_text(errors="replace"):
                 raise Broken(f"the daemon logged a fault of its own: {self._pool.log_tail()}")
         except (AssertionError, Died) as error:
-            story = f"{plan.scenario.name}, {plan.mode[:-1]} {target}: killed at {self._where}"
+            story = f"{plan.scenario.name}, {plan.mode[:-1]} {plan.line or 'number'} {target}: killed at {self._where}"
             if plan.fraction:
                 seed = exact(slot_of(plan.scenario.name, plan.mode), target, is_apart=plan.is_apart)
             self._outcome.fail(seed, f"{story}: {error}")
