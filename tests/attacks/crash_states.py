@@ -199,6 +199,7 @@ async def _states(budget: Budget, outcome: Outcome, folder: Path) -> None:
                 outcome.add("writes logged", len(replay.log.entries))
                 outcome.add("acknowledged flushes", recording.flushes)
             if replay is not None:
+                outcome.add(f"states on {FILESYSTEMS[number % 2]}")
                 await Trial(seed, replay, outcome).run()
 
 

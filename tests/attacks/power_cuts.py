@@ -85,6 +85,7 @@ class History:
         await self.pool.forget()
         self.pool.kill()
         self.outcome.add("power cuts")
+        self.outcome.add(f"on {self.disk.kind}")
         self.outcome.add("acknowledged flushes", load.flushes)
         if load.problem:
             self.outcome.fail(self.seed, f"before the power was cut: {load.problem}")
