@@ -9,7 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -140,9 +140,11 @@ class Journal:
                 os.fdatasync(fd)
             sync_directory(paths[0].parent)
         except OSError:
-            for fd in fds:
-                os.close(fd)
-            unlink_files(paths)
+            # All of it, whatever becomes of one; the error that is told is the first.
+            with suppress(OSError), ExitStack() as undoing:
+                undoing.callback(unlink_files, paths)
+                for fd in fds:
+                    undoing.callback(os.close, fd)
             raise
         return cls(paths, (fds[0], fds[1]), header, branch, file_bytes)
 
