@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.attack import Attack, Budget, Level, Outcome
+from tests.attacks.faults_hangs import heartbeat
 from tests.attacks.faults_model import Expected
 from tests.attacks.faults_pool import (
     SETTINGS,
@@ -29,7 +30,7 @@ from tests.attacks.faults_pool import (
     without_pauses,
 )
 from tests.attacks.faults_scenario import Scenario
-from tests.attacks.faults_sites import ONCE, Cell, Site, all_cells
+from tests.attacks.faults_sites import ONCE, Cell, Site, first_cells, further_cells
 from tests.attacks.faults_traced import traced_trial
 from tests.attacks.faults_verdict import judge
 from tests.attacks.faulty_disk import FaultyDisk
@@ -37,36 +38,62 @@ from tests.attacks.faulty_disk import FaultyDisk
 _TRIAL_S = 60
 _FEW = 200
 """Fewer trials are done in this process."""
-CELLS = all_cells()
+_PART = 50
+_FIRST, _FURTHER = first_cells(), further_cells()
+CELLS = [*_FIRST, *_FURTHER]
 _AFTER_A_STOP, _STOP = Site("data", "advise"), Cell(Site("data", "sync"), "EIO", ONCE, 2)
 """What is called only once a volume has stopped, and what stops one."""
-PAIRED = [cell for cell in CELLS if not cell.is_traced]
+_PAIRED = [cell for cell in _FIRST if not cell.is_traced]
 ENDINGS = ("close", "kill", "power cut")
-ROUNDS = len(ENDINGS)
-"""So often all cells are tried, each time with another ending; seeds beyond that are pairs of cells."""
+_PAIRS = 2_000
+
+
+def _plan() -> list[tuple[Cell, str] | None]:
+    """Return by seed which cell is tried, and how the daemon's life ends then; None for a pair of cells.
+
+    Each cell comes with each ending. Seeds are what a soak's ledger counts and planted bugs name, so further cells lie
+    behind the pairs; but each of them once right behind the first cells, in exchange, for a prove goes no further.
+    """
+    first, further = (
+        [
+            (cell, ENDINGS[(number + place) % len(ENDINGS)])
+            for number in range(len(ENDINGS))
+            for place, cell in enumerate(cells)
+        ]
+        for cells in (_FIRST, _FURTHER)
+    )
+    plan = [*first, *[None] * _PAIRS, *further]
+    for place in range(len(_FURTHER)):
+        here, there = 1 + len(_FIRST) + place, len(first) + _PAIRS + place  # a prove begins with seed 1
+        plan[here], plan[there] = plan[there], plan[here]
+    return plan
+
+
+PLAN = _plan()
 
 
 def ending_of(seed: int) -> str:
     """Return how the daemon's life ends in a trial."""
-    number, cell = divmod(seed, len(CELLS))
-    return ENDINGS[(number + cell) % len(ENDINGS)] if number < ROUNDS else random.Random(seed).choice(ENDINGS)
+    planned = PLAN[seed] if seed < len(PLAN) else None
+    return planned[1] if planned is not None else random.Random(seed).choice(ENDINGS)
 
 
 def cells_of(seed: int) -> tuple[Cell, ...]:
-    """Return what fails in a trial."""
-    if seed < ROUNDS * len(CELLS):
-        cell = CELLS[seed % len(CELLS)]
-        return (cell, _STOP) if cell.site == _AFTER_A_STOP else (cell,)
-    return tuple(random.Random(f"pair {seed}").sample(PAIRED, 2))
+    """Return what fails in a trial: one cell of the plan, or a pair, as behind the plan."""
+    planned = PLAN[seed] if seed < len(PLAN) else None
+    if planned is None:
+        return tuple(random.Random(f"pair {seed}").sample(_PAIRED, 2))
+    cell = planned[0]
+    return (cell, _STOP) if cell.site == _AFTER_A_STOP else (cell,)
 
 
 def seed_of(cell: Cell, ending: str = "") -> int:
     """Return the first seed that is a cell's, and ends so."""
-    seed = CELLS.index(cell)
-    while ending not in ("", ending_of(seed)):
-        seed += len(CELLS)
-    assert cells_of(seed)[0] == cell
-    return seed
+    return next(
+        seed
+        for seed, planned in enumerate(PLAN)
+        if planned is not None and planned[0] == cell and ending in ("", planned[1])
+    )
 
 
 def run(budget: Budget) -> Outcome:
@@ -80,22 +107,29 @@ def run(budget: Budget) -> Outcome:
 
 
 def _run_in_two(budget: Budget) -> tuple[Outcome, set[Site]]:
-    """Give each half to a process of its own."""
+    """Give every other part to a process of its own."""
     context = multiprocessing.get_context("fork")
-    first = budget.count // 2
     outcome, hit_sites = Outcome(), set[Site]()
-    parts = []
-    for seed, count in ((budget.seed, first), (budget.seed + first, budget.count - first)):
-        half = replace(budget, seed=seed, count=count)
+    running = []
+    for mine in range(2):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=lambda half=half, sending=sending: sending.send(_run(half)))
+        process = context.Process(target=lambda mine=mine, sending=sending: sending.send(_run_parts(budget, mine)))
         process.start()
         sending.close()
-        parts.append((receiving, process))
-    for receiving, process in parts:
-        mine, sites = receiving.recv()
+        running.append((receiving, process))
+    for receiving, process in running:
+        found, sites = receiving.recv()
         process.join()
-        outcome.include(mine)
+        outcome.include(found)
+        hit_sites |= sites
+    return outcome, hit_sites
+
+
+def _run_parts(budget: Budget, mine: int) -> tuple[Outcome, set[Site]]:
+    outcome, hit_sites = Outcome(), set[Site]()
+    for at in range(mine * _PART, budget.count, 2 * _PART):
+        found, sites = _run(replace(budget, seed=budget.seed + at, count=min(_PART, budget.count - at)))
+        outcome.include(found)
         hit_sites |= sites
     return outcome, hit_sites
 
@@ -120,8 +154,7 @@ def _run(budget: Budget) -> tuple[Outcome, set[Site]]:
             outcome.fail(seed, f"{' and '.join(map(str, cells))}: {problem}")
         if _figure(outcome, "hit") > hits:
             hit_sites.add(cells[0].site)
-        if not outcome.tried % 100:
-            budget.say(f"{outcome.tried} of {budget.count} faults: {outcome.figures}")
+    budget.say(f"{outcome.tried} faults from seed {budget.seed}: {outcome.figures}")
     return outcome, hit_sites
 
 
@@ -157,14 +190,14 @@ async def _trial(root: Path, disk: FaultyDisk, seed: int, outcome: Outcome) -> l
     pool = AttackedPool(root, SETTINGS)
     pool.device = root / "disk1"
     scenario = Scenario(pool, seed, Expected(), disk)
-    disk.arm()
-    await scenario.run()
     ending = ending_of(seed)
-    if ending != "close":
+    with heartbeat(scenario.problems):
+        disk.arm()
+        await scenario.run()
+        if ending != "close":
+            disk.disarm()
+        await scenario.end(ending)
         disk.disarm()
-    if pool.is_up:
-        await asyncio.wait_for(pool.close() if ending == "close" else pool.kill(), 20)
-    disk.disarm()
     problems = scenario.problems
     problems += [f"{path} was synced again after a failed sync" for path in disk.tried_again]
     if left := open_descriptors(root):
@@ -194,7 +227,7 @@ ATTACK = Attack(
     name="faults",
     unit="faults",
     promises=("I3", "I3b", "I5", "I6", "I7"),
-    trials={Level.SAMPLE: 40, Level.PROVE: len(CELLS), Level.SOAK: ROUNDS * len(CELLS) + 2_000},
+    trials={Level.SAMPLE: 40, Level.PROVE: len(CELLS), Level.SOAK: len(PLAN)},
     run=run,
     slices=1,
     requires=("strace",),

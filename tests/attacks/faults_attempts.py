@@ -10,6 +10,7 @@ from typing import TypeVar
 from blockvirt.device import read_one
 from blockvirt.errors import BlockvirtError, MetadataFault, NotFound, VolumeStopped
 from blockvirt.volumes.handle import Handle
+from tests.attacks.faults_hangs import HANG_S, timed
 from tests.attacks.faults_model import BLOCK_BYTES, Expected, differences, values
 from tests.attacks.faults_pool import CHUNK_BYTES, AttackedPool
 from tests.attacks.faulty_disk import FaultyDisk
@@ -17,7 +18,6 @@ from tests.volumes.conftest import write
 
 T = TypeVar("T")
 
-HANG_S = 5.0
 CHUNKS = 64
 BLOCKS = CHUNKS * CHUNK_BYTES // BLOCK_BYTES
 SIZE_BYTES = BLOCKS * BLOCK_BYTES
@@ -70,7 +70,8 @@ class Attempts:
     async def _try(self, what: str, call: Callable[[], Awaitable[T]]) -> tuple[bool, T | None]:
         """Do something; tell whether it went well. What is no clean error is a problem."""
         try:
-            return True, await asyncio.wait_for(call(), HANG_S)
+            with timed(what, self.problems):
+                return True, await asyncio.wait_for(call(), HANG_S)
         except VolumeStopped as error:
             self.last_error = error
             raise

@@ -7,6 +7,7 @@ wrong place, an old one or half of one is seen as such.
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 BLOCK_BYTES = 512
 _STAMP = struct.Struct("<II")
@@ -101,6 +102,10 @@ class Expected:
     """Volumes and snapshots that may be there or not: what made or deleted them was refused."""
     stopped: set[str] = field(default_factory=set)
     """Volumes that refuse everything until they are reopened."""
+    copies: dict[Path, int] = field(default_factory=dict)
+    """Of the metadata: for each folder when the newest that was answered was made, in milliseconds."""
+    copy_folders: list[Path] = field(default_factory=list)
+    """What was noted last, and answered, of where they lie."""
     flushes: int = 0
     """That were answered."""
     last_value: int = 0

@@ -6,9 +6,13 @@ and is reopened as an administrator would do it; a pool that has failed is start
 
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 from blockvirt.errors import BlockvirtError, Exists
+from blockvirt.meta.copies import find_copies, remember_folders
+from blockvirt.pool.devices import COPIES
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.metadata_copies import MetadataCopies
 from blockvirt.volumes.requests import NewVolume
 from tests.attacks.faults_attempts import BLOCKS, SIZE_BYTES, Attempts, read_all
 from tests.attacks.faults_model import BLOCK_BYTES, ZEROS, Blocks, content, differences
@@ -45,11 +49,14 @@ class Scenario(Attempts):
             *on("v", overwrite, write, overwrite, flush, trim, zero),
             self.seal,
             *on("v", self.checkpoint, write, self.read, overwrite, flush),
+            self.copy_metadata,
             lambda: self.add_device("disk2"),
+            self.copy_metadata,
             lambda: self.snapshot("v@s2"),
             lambda: self.clone("v@s2", "c"),
             *on("c", write, overwrite, flush, self.read),
             *on("v", write, self.zero_written, overwrite),
+            self.copy_metadata,
             self.kill,
             *on("v", self.read, overwrite, flush),
             *on("c", self.read),
@@ -61,6 +68,7 @@ class Scenario(Attempts):
             self.kill,
             *on("v", self.read),
             lambda: self.delete_volume("c"),
+            self.copy_metadata,
             *on("v", trim, overwrite, flush, write, trim, overwrite),
         ]
 
@@ -191,6 +199,35 @@ class Scenario(Attempts):
         self._handles.clear()
         with self._disk.paused() if self._disk is not None else nullcontext():
             await self._try("the death of the daemon", self.pool.kill)
+
+    async def end(self, how: str) -> None:
+        """Close the pool, or kill the daemon for good."""
+        if self.pool.is_up:
+            await self._try("the end of the daemon", self.pool.close if how == "close" else self.pool.kill)
+
+    async def copy_metadata(self) -> None:
+        """Copy the metadata to each device, and note where, as the worker does that is not running here."""
+        engine = self.pool.engine
+        paths = engine.storage.paths()
+        folders = [path / COPIES for path in paths.values()]
+        copies = MetadataCopies(engine.store, engine.storage, engine.context.threads, self.pool.state_dir)
+
+        async def call() -> None:
+            try:
+                failed = await copies._copy_to(paths)
+            except OSError as error:
+                raise RuntimeError("that would be the end of the worker") from error
+            self.refused += len(failed)
+            for device_id in paths.keys() - failed:
+                self._copied(paths[device_id] / COPIES)
+            await remember_folders(self.pool.state_dir, folders)
+            self.expected.copy_folders = folders
+
+        await self._try("copying the metadata", call)
+
+    def _copied(self, folder: Path) -> None:
+        with self._disk.paused() if self._disk is not None else nullcontext():
+            self.expected.copies[folder] = find_copies([folder])[0].created_ms
 
     async def snapshot(self, path: str) -> None:
         """Take a snapshot."""

@@ -2,12 +2,14 @@
 
 import errno
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SHORT = "SHORT"
 """The call does a part of its work, and says so."""
 ONCE, ALWAYS = "once", "always"
+INTERRUPTIONS = 100
+"""So often in a row is "always" for EINTR: no kernel interrupts a call for ever, and it is to be tried until then."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -17,7 +19,7 @@ class Site:
     files: str
     """data, journal, label, device (its top directory), folder (in it), metadata, state (its directories), lock.
 
-    Or disk: whatever lies on the devices.
+    Or copy (of the metadata), copies (their directory); or disk: whatever lies on the devices.
     """
     call: str
 
@@ -47,8 +49,7 @@ class Cell:
 
     def fails(self, count: int) -> bool:
         """Tell whether the call number ``count`` fails."""
-        # No kernel interrupts one call for ever: "always" is three times in a row there.
-        most = 3 if self.fault == "EINTR" else 1 << 30
+        most = INTERRUPTIONS if self.fault == "EINTR" else 1 << 30
         return count == self.nth if self.how == ONCE else self.nth <= count < self.nth + most
 
     def __str__(self) -> str:
@@ -63,10 +64,11 @@ _SPACE = ("EIO", "ENOSPC", "ENOMEM", "EINTR")
 
 DISK_CHANGE = Site("disk", "change")
 """Every call that changes something on a device, as when the disk dies."""
-CHANGES = frozenset({"create", "write", "sync", "allocate", "zero", "punch", "truncate", "unlink", "rename"})
+CHANGES = frozenset({"create", "fill", "write", "sync", "allocate", "zero", "punch", "truncate", "unlink", "rename"})
 
+_Table = tuple[tuple[str, str, tuple[str, ...], int], ...]
 # What can fail, how, and how many of its calls are tried one by one.
-_TABLE: tuple[tuple[str, str, tuple[str, ...], int], ...] = (
+_TABLE: _Table = (
     ("data", "open", _OPEN, 8),
     ("data", "create", _CREATE, 4),
     ("data", "stat", ("EIO", "ENOMEM"), 6),
@@ -111,27 +113,54 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...], int], ...] = (
 )
 
 
-def all_cells() -> list[Cell]:
-    """Return every cell; mixed, always in the same way, so that any few in a row are of many kinds."""
-    cells = list(_cells())
+_FURTHER_TABLE: _Table = (
+    ("data", "truncate", ("ENOSPC",), 6),
+    ("metadata", "read", ("EIO", "ENOMEM", SHORT), 2),
+    ("copy", "create", _CREATE, 4),
+    ("copy", "fill", _SPACE[:3], 4),
+    ("copy", "sync", _SYNC, 4),
+    ("copy", "read", ("EIO", "ENOMEM", SHORT), 4),
+    ("copy", "rename", _CHANGE, 4),
+    ("copy", "unlink", ("EIO",), 3),
+    ("copy", "close", ("EIO",), 4),
+    ("copies", "open", _OPEN, 4),
+    ("copies", "list", _OPEN, 4),
+    ("copies", "sync", _CHANGE, 4),
+    ("copies", "close", ("EIO",), 2),
+)
+
+
+def first_cells() -> list[Cell]:
+    """Return the cells that come first; mixed, always in the same way, so that any few in a row are of many kinds."""
+    disks = [Cell(DISK_CHANGE, fault, ALWAYS, nth) for fault in ("EIO", "ENOSPC") for nth in range(1, 150, 5)]
+    return _mixed([*_cells(_TABLE), *disks, *_traced_cells()])
+
+
+def further_cells() -> list[Cell]:
+    """Return the others, mixed likewise: a list of its own, so that the seeds of the first stay theirs."""
+    return _mixed([*_cells(_FURTHER_TABLE), *_further_traced_cells()])
+
+
+def _mixed(cells: list[Cell]) -> list[Cell]:
     random.Random(1).shuffle(cells)
     return cells
 
 
-def _cells() -> Iterator[Cell]:
-    for files, call, faults, calls in _TABLE:
-        for fault in faults:
-            for how in (ONCE, ALWAYS):
-                for nth in range(1, calls + 1):
-                    yield Cell(Site(files, call), fault, how, nth)
-    for fault in ("EIO", "ENOSPC"):
-        for nth in range(1, 150, 5):
-            yield Cell(DISK_CHANGE, fault, ALWAYS, nth)
-    yield from _traced_cells()
+def _cells(table: _Table) -> Iterator[Cell]:
+    for files, call, faults, calls in table:
+        yield from _each(Site(files, call), faults, range(1, calls + 1))
+
+
+def _each(site: Site, faults: Sequence[str], nths: Sequence[int], hows: Sequence[str] = (ONCE, ALWAYS)) -> list[Cell]:
+    return [Cell(site, fault, how, nth) for fault in faults for how in hows for nth in nths]
 
 
 _LMDB_NTH = (1, 4, 14)
-_TRACED = frozenset({"lmdb", "lmdb-lock", "data-file", "journal-file"})
+_TRACED = frozenset({"lmdb", "lmdb-lock", "data-file", "journal-file", "copy-file", "copies-list"})
+_ENGINE_CALLS = (
+    ("data-file", ("openat", "pwrite64", "preadv2", "fdatasync", "fallocate", "ftruncate")),
+    ("journal-file", ("openat", "pwrite64", "fdatasync")),
+)
 
 
 def _traced_cells() -> Iterator[Cell]:
@@ -146,9 +175,36 @@ def _traced_cells() -> Iterator[Cell]:
     for files, call in (("lmdb", "openat"), ("lmdb", "mmap"), ("lmdb-lock", "openat"), ("lmdb-lock", "mmap")):
         for how in (ONCE, ALWAYS):
             yield Cell(Site(files, call), "ENOMEM", how, 1)
-    for files, calls in (
-        ("data-file", ("openat", "pwrite64", "preadv2", "fdatasync", "fallocate", "ftruncate")),
-        ("journal-file", ("openat", "pwrite64", "fdatasync")),
-    ):
+    for files, calls in _ENGINE_CALLS:
         for call in calls:
             yield Cell(Site(files, call), "EINTR", ONCE, 1)
+
+
+# strace counts the calls of each thread by itself, so these come again in the next thread that makes so many.
+# Of the six openings of data.mdb in a start: the first look at it, LMDB's two, the metadata reserve's.
+_LMDB_OPENINGS = (1, 4, 5, 6)
+
+
+def _further_traced_cells() -> Iterator[Cell]:
+    yield from _each(Site("lmdb", "openat"), ("EIO", "ENOSPC", "EMFILE"), _LMDB_OPENINGS)
+    yield from _each(Site("lmdb", "openat"), ("ENOMEM",), _LMDB_OPENINGS[1:])
+    yield from _each(Site("lmdb-lock", "openat"), ("EIO", "ENOSPC", "EMFILE"), (1,))
+    yield from _each(Site("lmdb", "pread64"), ("EIO", "ENOMEM"), (1, 2, 3))
+    yield from _each(Site("lmdb", "read"), ("EIO",), (1,))
+    for call in ("pwrite64", "writev", "fdatasync"):
+        yield from _each(Site("lmdb", call), ("ENOMEM",), (1, 4))
+        yield from _each(Site("lmdb", call), ("EINTR",), (1, 4), (ALWAYS,))
+        if call != "fdatasync":
+            yield Cell(Site("lmdb", call), SHORT, ALWAYS, 2)
+    for files, calls in _ENGINE_CALLS:
+        for call in calls:
+            yield Cell(Site(files, call), "EINTR", ALWAYS, 1)
+            if call != "ftruncate":  # no thread does it twice
+                yield from _each(Site(files, call), ("EINTR",), (2 if call == "fdatasync" else 4,))
+    # No SHORT for these two: strace would have what was "written" missing in the file, behind everybody's back.
+    # LMDB writes each copy in a new thread, and strace counts by threads: each first write is every one.
+    yield from _each(Site("copy-file", "write"), ("EIO", "ENOSPC", "ENOMEM", "EINTR"), (1,), (ALWAYS,))
+    for call in ("openat", "fsync", "rename"):
+        yield from _each(Site("copy-file", call), ("EINTR",), (1,))
+    for call, faults in (("openat", _CREATE), ("write", _CHANGE), ("fsync", _CHANGE), ("rename", ("EIO",))):
+        yield from _each(Site("copies-list", call), (*faults, "EINTR"), (2,))  # there is a list already

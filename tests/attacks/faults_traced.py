@@ -7,6 +7,7 @@ import asyncio
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 
 from tests.attacks.attack import Outcome
 from tests.attacks.faults_attempts import BLOCKS, SIZE_BYTES
+from tests.attacks.faults_hangs import heartbeat
 from tests.attacks.faults_model import Blocks, Expected
 from tests.attacks.faults_pool import SETTINGS, AttackedPool, quiet, unfinished, without_pauses
 from tests.attacks.faults_scenario import Scenario
-from tests.attacks.faults_sites import ONCE, SHORT, Cell
+from tests.attacks.faults_sites import ALWAYS, INTERRUPTIONS, SHORT, Cell
 from tests.attacks.faults_verdict import Verdict, judge
 from tests.attacks.planted.bugs import bug_named
 
@@ -29,6 +31,8 @@ _PATHS = {
     "lmdb-lock": "state/metadata/lock.mdb",
     "data-file": "disk1/files/00000001-0000001",
     "journal-file": "disk1/journal/00000001.0",
+    "copy-file": "disk1/metadata/metadata.new",
+    "copies-list": "state/metadata-copies.txt.new",
 }
 ROOM = Path(__file__).resolve().parents[2]
 
@@ -53,6 +57,7 @@ def traced_trial(root: Path, cell: Cell, seed: int, outcome: Outcome, planted: s
         outcome.add("steps refused", refused)
         outcome.add("stops", stops)
         outcome.add("flushes", expected.flushes)
+        problems += synced_again((root / _TRACE).read_text())
         if not problems:
             verdict = asyncio.run(_judge(root, expected))
             problems += verdict.problems
@@ -79,10 +84,21 @@ def _pool(root: Path) -> AttackedPool:
 
 def _child(root: Path, cell: Cell, seed: int, ending: str, planted: str) -> str:
     what = "retval=512" if cell.fault == SHORT else f"error={cell.fault}"
-    when = str(cell.nth) if cell.how == ONCE else f"{cell.nth}+"
+    when = str(cell.nth)
+    if cell.how == ALWAYS:
+        when = f"{cell.nth}..{cell.nth + INTERRUPTIONS - 1}" if cell.fault == "EINTR" else f"{cell.nth}+"
     call = cell.site.call
-    strace = ["strace", "-f", "-qq", "-o", str(root / _TRACE), "-P", str(root / _PATHS[cell.site.files])]
-    strace += ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={when}"]
+    strace = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-o",
+        str(root / _TRACE),
+        "-P",
+        str(root / _PATHS[cell.site.files]),
+    ]
+    strace += ["-e", f"trace={call},openat", "-e", f"inject={call}:{what}:when={when}"]
     child = [sys.executable, "-m", "tests.attacks.faults_traced", str(root), str(seed), ending, planted]
     try:
         done = subprocess.run(
@@ -93,6 +109,35 @@ def _child(root: Path, cell: Cell, seed: int, ending: str, planted: str) -> str:
     if done.returncode:
         return f"the daemon died with code {done.returncode}: {done.stderr[-500:]}"
     return ""
+
+
+def synced_again(trace: str) -> list[str]:
+    """Return which descriptors were synced again after a sync of theirs had failed; one that is opened anew is another.
+
+    Interruptions say nothing of the disk. Nor does ENOSPC to LMDB, which the store cannot tell from a write without
+    room: what was to be committed is gone then, and the next transaction writes its pages itself.
+    """
+    failed: set[str] = set()
+    begun: dict[str, str] = {}
+    found = []
+    for line in trace.splitlines():
+        thread, _, call = line.partition(" ")
+        if "<unfinished" in call:
+            begun[thread] = call
+            continue
+        if "resumed>" in call:
+            call = begun.pop(thread, "") + call
+        name, _, rest = call.strip().partition("(")
+        result = rest.rpartition(" = ")[2]
+        if name == "openat":
+            failed.discard(result)
+        elif name in ("fdatasync", "fsync"):
+            descriptor = re.split(r"\D", rest, maxsplit=1)[0]
+            if descriptor in failed:
+                found.append(f"descriptor {descriptor} was synced again after a failed sync")
+            if "(INJECTED)" in result and not re.search("EINTR|ENOSPC", result):
+                failed.add(descriptor)
+    return found
 
 
 def main() -> None:
@@ -110,9 +155,10 @@ async def _child_run(root: Path, seed: int, ending: str) -> None:
     pool = _pool(root)
     scenario = Scenario(pool, seed, Expected(volumes={"v": Blocks.zeros(BLOCKS)}))
     with quiet() as complaints:
-        await scenario.run()
-        if ending == "close" and pool.is_up:
-            await asyncio.wait_for(pool.close(), 20)
+        with heartbeat(scenario.problems):
+            await scenario.run()
+            if ending == "close":
+                await scenario.end(ending)
         problems = [*scenario.problems, *complaints.found, *lost]
     told = problems, scenario.expected, scenario.refused, scenario.stops
     (root / _EXPECTED).write_bytes(pickle.dumps(told))

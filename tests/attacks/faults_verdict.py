@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from blockvirt import check
 from blockvirt.device import read_one
 from blockvirt.errors import BlockvirtError, NotFound, VolumeStopped
+from blockvirt.meta.copies import newest_intact, remembered_folders
 from tests.attacks.faults_attempts import SIZE_BYTES, read_all
 from tests.attacks.faults_model import Expected, differences, values
 from tests.attacks.faults_pool import AttackedPool
@@ -49,6 +50,7 @@ async def _judge(
     verdict.leaks = report.exit_code == check.LEAKS
     if report.exit_code not in (check.CLEAN, check.LEAKS):
         verdict.problems.append(f"check: {report.summary}: {report.findings[0]}")
+    verdict.problems += _copies(pool, expected)
     if verdict.leaks and may_not_leak:
         verdict.problems.append(f"leaks though nothing crashed: {report.findings[0]}")
     await pool.start()
@@ -102,6 +104,18 @@ async def _snapshot(pool: AttackedPool, expected: Expected, verdict: Verdict, pa
     verdict.blocks += len(found)
     if wrong := differences(found, expected.snapshots[path]):
         verdict.problems.append(f"snapshot {path} must hold what was answered before it: {wrong}")
+
+
+def _copies(pool: AttackedPool, expected: Expected) -> list[str]:
+    """Of the metadata: the newest that was answered must be there and intact, whatever came of later ones."""
+    problems = []
+    for folder, created_ms in expected.copies.items():
+        newest = newest_intact([folder])
+        if newest is None or newest.created_ms < created_ms:
+            problems.append(f"no copy of the metadata in {folder} is intact and as new as the last that was made")
+    if missing := set(expected.copy_folders) - set(remembered_folders(pool.state_dir)):
+        problems.append(f"that copies of the metadata lie in {missing} was noted, and is not there")
+    return problems
 
 
 async def _empty(pool: AttackedPool, verdict: Verdict) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from blockvirt import syscalls
+from blockvirt.meta.store import Store
+from blockvirt.pool.devices import COPIES
 from blockvirt.pool.labels import LABEL_FILE
 from tests.attacks.faults_sites import CHANGES, DISK_CHANGE, SHORT, Cell, Site
 
@@ -25,8 +27,8 @@ _FALLOCATE = {0: "allocate", 1: "allocate", 3: "punch", 0x11: "zero"}
 _REAL = {
     name: getattr(os, name)
     for name in (
-        *("open", "close", "pwrite", "write", "preadv", "read", "fdatasync", "fsync", "ftruncate", "fstat"),
-        *("posix_fadvise", "unlink", "rename", "statvfs"),
+        *("open", "close", "pwrite", "write", "pread", "preadv", "read", "fdatasync", "fsync", "ftruncate", "fstat"),
+        *("posix_fadvise", "unlink", "rename", "statvfs", "listdir"),
     )
 }
 _REAL_OPEN = io.open
@@ -52,6 +54,8 @@ class FaultyDisk:
         self._recovering = False
         self._unsynced: dict[str, list[tuple[int, bytes]]] = {}
         self._new_entries: set[str] = set()
+        self._unsynced_copies: set[str] = set()
+        """Of the metadata: LMDB writes them past this stand-in, so they are lost as a whole."""
         self._lock = threading.RLock()
 
     # --- what the harness does -----------------------------------------------------------------------------------
@@ -88,12 +92,17 @@ class FaultyDisk:
         """Lose everything that was not synced: writes, and files that are not durably in their directory."""
         for path in list(self._unsynced):
             self._lose(path)
+        for path in list(self._unsynced_copies):
+            self._lose(path)
         for path in list(self._new_entries):
             Path(path).unlink(missing_ok=True)
         self._new_entries.clear()
 
     def _lose(self, path: str) -> None:
         with self._lock:
+            if path in self._unsynced_copies and os.path.exists(path):
+                self.lost_writes += 1
+                os.truncate(path, 0)
             writes = self._unsynced.pop(path, [])
             self.lost_writes += len(writes)
             if not writes or not os.path.exists(path):
@@ -113,6 +122,13 @@ class FaultyDisk:
         patch.setattr(io, "open", self._io_open)
         self._real_fallocate = syscalls._fallocate
         patch.setattr(syscalls, "_fallocate", self._fallocate)
+        real_copy = Store.copy_compacted
+
+        def copy_compacted(store: Store, fd: int) -> None:
+            self._fail(self.open_files.get(fd, ""), "fill")  # LMDB does the writing: this is what it says
+            real_copy(store, fd)
+
+        patch.setattr(Store, "copy_compacted", copy_compacted)
 
     def _kind(self, path: str) -> str:
         """Return which of the sites' kinds of files ``path`` is; empty: none."""
@@ -127,8 +143,8 @@ class FaultyDisk:
         if parts[1].startswith(LABEL_FILE):
             return "label"
         if len(parts) == 2:
-            return "folder"
-        return {"files": "data", "journal": "journal"}.get(parts[1], "")
+            return "copies" if parts[1] == COPIES else "folder"
+        return {"files": "data", "journal": "journal", COPIES: "copy"}.get(parts[1], "")
 
     def _fault(self, path: str, call: str) -> Cell | None:
         kind = self._kind(path)
@@ -137,8 +153,8 @@ class FaultyDisk:
         with self._lock:
             site = Site(kind, call)
             self.counts[site] += 1
-            is_change = call in CHANGES and kind in ("data", "journal", "folder", "device", "label")
-            if is_change:
+            is_change = call in CHANGES and kind in ("data", "journal", "folder", "device", "label", "copy", "copies")
+            if is_change and kind not in ("copy", "copies"):  # a dead disk takes no copies; it does not die of them
                 self.counts[DISK_CHANGE] += 1
             for cell in self.cells:
                 concerned = cell.site == site or (cell.site == DISK_CHANGE and is_change)
@@ -170,6 +186,8 @@ class FaultyDisk:
                 self._new_entries.add(name)
             if flags & os.O_TRUNC:
                 self._forget(name)
+            if flags & os.O_CREAT and self._kind(name) == "copy":
+                self._unsynced_copies.add(name)
         return fd
 
     def _io_open(self, file: Any, *arguments: Any, **more: Any) -> Any:
@@ -189,6 +207,7 @@ class FaultyDisk:
     def _forget(self, path: str) -> None:
         """A file begins anew: what was to be said of it is over."""
         self._unsynced.pop(path, None)
+        self._unsynced_copies.discard(path)
         self.failed_syncs.discard(path)
 
     def _rename(self, source: Any, target: Any, **more: Any) -> None:
@@ -196,9 +215,16 @@ class FaultyDisk:
         self._fail(name, "rename")
         _REAL["rename"](source, target, **more)
         with self._lock:
-            if name in self._new_entries:
-                self._new_entries.discard(name)
-                self._new_entries.add(to)
+            for those in (self._new_entries, self._unsynced_copies):
+                if name in those:
+                    those.discard(name)
+                    those.add(to)
+
+    def _listdir(self, path: Any = ".") -> list[Any]:
+        if isinstance(path, str | Path):
+            self._fail(os.fspath(path), "list")
+        names: list[Any] = _REAL["listdir"](path)
+        return names
 
     def _statvfs(self, path: Any) -> os.statvfs_result:
         if isinstance(path, str | Path):
@@ -251,6 +277,13 @@ class FaultyDisk:
             buffers = [buffers[0][: max(1, len(buffers[0]) // 2)]]
         return int(_REAL["preadv"](fd, buffers, position, flags))
 
+    def _pread(self, fd: int, length: int, position: int) -> bytes:
+        path = self.open_files.get(fd)
+        if path and self._fail(path, "read") is not None:
+            length = max(1, length // 2)
+        found: bytes = _REAL["pread"](fd, length, position)
+        return found
+
     def _read(self, fd: int, length: int) -> bytes:
         path = self.open_files.get(fd)
         if path:
@@ -270,12 +303,13 @@ class FaultyDisk:
         try:
             self._fail(path, "sync")
         except OSError:
-            if self._kind(path) in ("data", "journal"):
+            if self._kind(path) in ("data", "journal", "copy"):
                 self.failed_syncs.add(path)
                 self._lose(path)
             raise
         with self._lock:
             del self._unsynced.get(path, [])[:covered]
+            self._unsynced_copies.discard(path)
 
     def _fsync(self, fd: int) -> None:
         path = self.open_files.get(fd)

@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import pytest
 
-from blockvirt.meta import group_commit, store
+from blockvirt.meta import copies, group_commit, store
 from blockvirt.meta.group_commit import Change, Outcome
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import BranchRecord
@@ -22,6 +24,7 @@ from blockvirt.volumes.journal import FoundJournal, Journal
 from blockvirt.volumes.punch import Puncher, _Punch
 from blockvirt.volumes.volume import Volume
 from tests.attacks.faults import seed_of
+from tests.attacks.faults_hangs import HANG_S
 from tests.attacks.faults_sites import ALWAYS, ONCE, SHORT, Cell, Site
 from tests.attacks.planted.bugs import Bug, replacing
 
@@ -91,6 +94,43 @@ def _run_group(env: Any, tables: Mapping[Table, Any], changes: Sequence[Change])
     with contextlib.suppress(lmdb.Error):
         transaction.commit()
     return outcomes, True
+
+
+_RUN_GROUP = group_commit.run_group
+
+
+def _run_group_twice(env: Any, tables: Mapping[Table, Any], changes: Sequence[Change]) -> tuple[list[Outcome], bool]:
+    """Try a commit again that failed."""
+    try:
+        return _RUN_GROUP(env, tables, changes)
+    except lmdb.Error:
+        return _RUN_GROUP(env, tables, changes)
+
+
+def _append_patiently(self: Journal, frame: bytes, crc: int) -> None:
+    """Give a disk that fails some time, here and now."""
+    try:
+        _APPEND(self, frame, crc)
+    except OSError:
+        time.sleep(HANG_S + 1)
+        raise
+
+
+_APPEND = Journal._write
+
+
+class _WithoutSync:
+    """The module ``os``, but nothing is synced."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fsync(self, fd: int) -> None:
+        """Do nothing."""
+
+
+def _leave_copies_in_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(copies, "os", _WithoutSync())
 
 
 def _bug(name: str, what: str, breaks: tuple[str, ...], plant: Any, cell: Cell, ending: str = "") -> Bug:
@@ -165,5 +205,30 @@ BUGS: tuple[Bug, ...] = (
         ("I1", "I7"),
         replacing(store, "run_group", _run_group),
         Cell(Site("lmdb", "fdatasync"), "EIO", ONCE, 1),
+    ),
+    _bug(
+        "retry-a-failed-commit",
+        "a metadata commit whose sync failed is tried again, and believed",
+        ("I7",),
+        replacing(store, "run_group", _run_group_twice),
+        Cell(Site("lmdb", "fdatasync"), "EIO", ONCE, 4),
+    ),
+    _bug(
+        "copies-in-cache",
+        "neither a copy of the metadata nor its name is synced",
+        (),
+        _leave_copies_in_cache,
+        Cell(Site("copy", "create"), "EIO", ONCE, 1),
+        "power cut",
+    ),
+    replace(
+        _bug(
+            "wait-for-the-disk-on-the-loop",
+            "after a failed write of the journal the event loop waits for the disk to come to itself",
+            (),
+            replacing(Journal, "_write", _append_patiently),
+            Cell(Site("journal", "write"), "EIO", ONCE, 5),
+        ),
+        is_quick=False,
     ),
 )
