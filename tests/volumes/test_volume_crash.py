@@ -164,7 +164,7 @@ async def test_a_truncated_file_is_an_error_and_never_zeros(pool: Pool, killed: 
 
 
 async def test_a_file_that_is_truncated_while_it_is_open_stays_short(pool: Pool) -> None:
-    """A close gives back what was reserved behind the last chunk; it must not make the file longer again, with zeros."""
+    """A close gives back what was reserved behind the last chunk. It must not make the file longer again, by zeros."""
     handle = await pool.open(volume_id := await pool.volume(SIZE))
     await write(handle, 0, b"a" * 4096 * 8)
     await handle.flush()
