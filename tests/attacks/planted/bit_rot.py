@@ -147,6 +147,7 @@ BUGS: tuple[Bug, ...] = (
         "bit_rot",
         replacing(page_order, "_is_packed", lambda *_, **__: True),
         seed=67,  # the page says that its rows begin where they do not
+        is_quick=False,
     ),
     Bug(
         "cut-journals-not-looked-for",
@@ -155,6 +156,7 @@ BUGS: tuple[Bug, ...] = (
         "bit_rot",
         replacing(proof, "refuse_to_drop", lambda *_: None),
         seed=55,
+        is_quick=False,
     ),
     Bug(
         "cut-journals-dropped",
@@ -163,6 +165,7 @@ BUGS: tuple[Bug, ...] = (
         "bit_rot",
         replacing(leftovers, "refuse_to_drop", lambda *_: None),
         seed=158,
+        is_quick=False,
     ),
     Bug(
         "rotten-chunks-copied",
@@ -179,6 +182,7 @@ BUGS: tuple[Bug, ...] = (
         "bit_rot",
         replacing(backing.BackingFile, "read", _fill_up_with_zeros),
         seed=75,
+        is_quick=False,
     ),
     Bug(
         "lost-ends-made-whole-by-a-close",
