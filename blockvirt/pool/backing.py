@@ -127,8 +127,9 @@ class BackingFile:
 
     def cut(self) -> None:
         """Cut the file back to the high-water mark: an address that was never journalled is handed out anew (I2)."""
-        if self.reserved_chunks >= self.used_chunks:  # never longer: what was truncated from outside is not zeros
-            os.ftruncate(self.fd, self.used_chunks << self._chunk_shift)
+        used_bytes = self.used_chunks << self._chunk_shift
+        if os.fstat(self.fd).st_size >= used_bytes:  # never longer: what was truncated from outside is not zeros
+            os.ftruncate(self.fd, used_bytes)
             self.reserved_chunks = self.used_chunks
 
     def reserve(self, chunks: int) -> None:

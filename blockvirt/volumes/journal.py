@@ -125,19 +125,21 @@ class Journal:
     ) -> "Journal":
         """Make the pair: written, not just reserved, so that an append allocates nothing. Blocks (two syncs).
 
+        A header is written when the other file durably has its whole size: so one that is shorter was cut.
         ``file_bytes`` is one of FILE_SIZES_BYTES.
         """
         assert file_bytes in FILE_SIZES_BYTES
         paths = journal_paths(device_path, branch.number)
+        block = pack_header(header)
         fds: list[int] = []
         try:
             for path in paths:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 fds.append(fd)
-                content = pack_header(header).ljust(file_bytes, b"\0")
-                if os.pwrite(fd, content, 0) != len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for fd, content in ((fds[1], bytes(file_bytes)), (fds[0], block.ljust(file_bytes, b"\0"))):
+                _write_whole(fd, content)
                 os.fdatasync(fd)
+            _write_whole(fds[1], block)  # durable with its first frame; until then the other one's is enough
             sync_directory(paths[0].parent)
         except OSError:
             # All of it, whatever becomes of one; the error that is told is the first.
@@ -243,6 +245,11 @@ class Journal:
             unlink_files(self.paths)
 
 
+def _write_whole(fd: int, content: bytes) -> None:
+    if os.pwrite(fd, content, 0) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @dataclass(frozen=True, slots=True)
 class FoundJournal:
     """A journal pair that was left behind, as recovery finds it."""
@@ -270,7 +277,7 @@ def read_journal(device_path: Path, device_id: str, branch: int) -> FoundJournal
                 f"cannot read the journal {path}: {error.strerror}", correction="check the disk"
             ) from error
     sizes = {len(content) for content in contents}
-    if len(sizes) > 1 or sizes.pop() not in FILE_SIZES_BYTES or not all(any(each[:BLOCK_BYTES]) for each in contents):
+    if len(sizes) > 1 or sizes.pop() not in FILE_SIZES_BYTES or not any(any(each[:BLOCK_BYTES]) for each in contents):
         return None
     logs = (contents[0][FRAMES_AT_BYTES:], contents[1][FRAMES_AT_BYTES:])
     stops = [_stop_reason(content[BLOCK_BYTES:FRAMES_AT_BYTES]) for content in contents]
@@ -280,21 +287,29 @@ def read_journal(device_path: Path, device_id: str, branch: int) -> FoundJournal
 def refuse_to_drop(device_path: Path, branch: BranchRecord) -> None:
     """Raise DamagedRecord if what is left of a pair holds changes that no checkpoint covers; return if it may go.
 
-    Half a pair is left where it was being made or removed: then it holds no frame, or covered ones alone.
+    Half a pair is left where it was being made or removed: then it holds no frame, or covered ones alone. And one file
+    of it is missing, or the longer one has no header yet.
     """
+    found: list[tuple[int, bool, Path]] = []  # size, whether it has a header
+    with_changes: list[Path] = []
     for path in journal_paths(device_path, branch.number):
         try:
             with path.open("rb") as file:
+                found.append((os.fstat(file.fileno()).st_size, any(file.read(BLOCK_BYTES)), path))
                 file.seek(FRAMES_AT_BYTES)
-                generation = first_generation(file.read(frame_bytes(0)))
+                if first_generation(file.read(frame_bytes(0))) > branch.covered_generation:
+                    with_changes.append(path)
         except FileNotFoundError:
             continue
-        if generation > branch.covered_generation:
-            raise DamagedRecord(
-                f"the journal {path} holds changes, and its other half or a part of it is missing",
-                cause="it was removed or cut short from outside",
-                correction="bring both files back; or move this one away: what was written last is lost then",
-            )
+    shorter, longer = min(found, default=None), max(found, default=None)
+    if shorter and longer and shorter[0] < longer[0] and longer[1]:
+        with_changes.append(longer[2])
+    if with_changes:
+        raise DamagedRecord(
+            f"the journal {with_changes[0]} holds changes, and its other half or a part of it is missing",
+            cause="it was removed or cut short from outside",
+            correction="bring both files back; or move what is left away: what was written last is lost then",
+        )
 
 
 def _either_header(contents: list[bytes]) -> JournalHeader:

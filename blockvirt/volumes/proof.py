@@ -24,7 +24,7 @@ from blockvirt.volumes.branch_proof import BranchWalk, Seen
 from blockvirt.volumes.concerned import snapshot_name, told, users, volume_name
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.entry_proof import FREED, LIVE, EntryProof, FileProof, dead_runs
-from blockvirt.volumes.journal import journal_paths, read_journal
+from blockvirt.volumes.journal import journal_paths, read_journal, refuse_to_drop
 from blockvirt.volumes.recovery import Replay, replay_in_memory
 from blockvirt.volumes.versions import branch_record, is_pinned, points_of
 
@@ -119,6 +119,7 @@ class MapProof:
             found = read_journal(folder, device_id, branch.number)
             if found is not None:
                 return replay_in_memory(self.context, branch, found)
+            refuse_to_drop(folder, branch)
         return None
 
     def _free_dropped(self, replay: Replay) -> None:

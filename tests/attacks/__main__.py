@@ -75,12 +75,11 @@ def lacking(names: Sequence[str]) -> Iterator[str]:
 
 def row(attack: Attack, seed: int, outcome: Outcome, took_s: float) -> tuple[str, ...]:
     """What the table says of an attack."""
-    figures = ", ".join(f"{name}: {value:,}" for name, value in outcome.figures.items())
     return (
         attack.name,
         f"{outcome.tried:,} {attack.unit} from seed {seed}",
         f"{len(outcome.failures)} broken",
-        f"{took_s:.0f} s  {figures}",
+        f"{took_s:.0f} s  {outcome.told()}",
     )
 
 

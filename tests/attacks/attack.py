@@ -48,6 +48,18 @@ class Outcome:
         for figure, value in other.figures.items():
             self.add(figure, value)
 
+    def told(self) -> str:
+        """The figures in words. What was looked for and "found" is told together: "files cut short found: 7 of 7"."""
+        words = []
+        for name, value in self.figures.items():
+            if name.removesuffix(" found") != name and name.removesuffix(" found") in self.figures:
+                continue
+            found = f"{name} found"
+            words.append(
+                f"{found}: {self.figures[found]:,} of {value:,}" if found in self.figures else f"{name}: {value:,}"
+            )
+        return ", ".join(words)
+
     def fail(self, seed: int, what: str) -> None:
         """Note a broken promise."""
         self.failures.append(Failure(seed, what))

@@ -1,7 +1,7 @@
 """The process that looks at a rotten pool: `python -m tests.attacks.bit_rot_child ROOT [BUG]`.
 
-Damage may kill who looks at it, so somebody else must: each line of its input is "check", "check-data", "serve" or
-"scrub", each line of its output the JSON of what came of it.
+Damage may kill who looks at it, so somebody else must: each line of its input is JSON with "what" to do (the names are
+in ``answer``) and with what, each line of its output the JSON of what came of it.
 """
 
 import asyncio
@@ -9,9 +9,9 @@ import faulthandler
 import hashlib
 import json
 import logging
+import pickle
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import pytest
 
 from blockvirt.check import run
 from blockvirt.errors import BlockvirtError
+from blockvirt.meta.findings import Severity
 from blockvirt.meta.keys import Table
 from blockvirt.meta.store import Store
-from blockvirt.nbd.client import NbdClient, NbdClientError
-from tests.attacks.bit_rot_pool import CHUNK_BYTES, RottingPool
+from blockvirt.nbd.client import NbdClientError
+from tests.attacks.bit_rot_pool import RottingPool
+from tests.attacks.bit_rot_served import copy_up, cut_file, cut_metadata, use
 from tests.attacks.fsx_lanes import whole
 from tests.attacks.planted.bugs import bug_named
 
@@ -79,22 +81,12 @@ async def serve(pool: RottingPool) -> dict[str, Any]:
                 exports[export] = f"error: {error}"
         for volume in [export for export in exports if "@" not in export]:
             try:
-                await _use(pool, volume)
+                await use(pool, volume)
             except NbdClientError as error:
                 exports[volume] += f", then error: {error}"
         status, _ = await pool.ask("GET", "/readyz")
         listed, _ = await pool.ask("GET", "/v1/volumes")
     return {"exports": exports, "ready": status, "listed": listed}
-
-
-async def _use(pool: RottingPool, volume: str) -> None:
-    """Write, flush, read back."""
-    async with await NbdClient.connect_unix(str(pool.state / "nbd.sock")) as client:
-        await client.go(volume)
-        for chunk in (3, 700, 1_200):
-            await client.write(chunk * CHUNK_BYTES + 5, b"new")
-        await client.flush()
-        assert await client.read(700 * CHUNK_BYTES + 5, 3) == b"new"
 
 
 async def scrub(pool: RottingPool) -> dict[str, Any]:
@@ -108,12 +100,33 @@ async def scrub(pool: RottingPool) -> dict[str, Any]:
     return {"state": ended["state"], "chunks": result["chunks"], "findings": findings, "ready": status}
 
 
-def served(pool: RottingPool, work: Callable[[RottingPool], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
-    """Do something with a daemon, or say why none starts."""
+def restore(pool: RottingPool) -> dict[str, Any]:
+    """Put the newest copy of the metadata in place; what was found in the pool then, but for leaks."""
+    report = run(pool.state, repair=False, restore_metadata=True)
+    return {"found": sorted({each.code for each in report.findings if each.severity is not Severity.LEAK})}
+
+
+def answer(pool: RottingPool, what: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Do what a line says."""
+    if what in ("check", "check-data"):
+        return check(pool, data=what == "check-data")
+    if what == "restore":
+        return restore(pool)
+    with_daemon = {
+        "serve": lambda: serve(pool),
+        "scrub": lambda: scrub(pool),
+        "copy": lambda: copy_up(pool, asked["volume"], asked["chunk"], Path(asked["cold"]) if asked["cold"] else None),
+        "cut-file": lambda: cut_file(pool, Path(asked["path"]), asked["cut_at"], asked["untouched"]),
+        "cut-metadata": lambda: cut_metadata(pool, asked["cut_at"], Path(asked["acknowledged"])),
+    }
+    if "contents" in asked:
+        pool.contents = pickle.loads(Path(asked["contents"]).read_bytes())
     try:
-        return asyncio.run(asyncio.wait_for(work(pool), 60))
+        return asyncio.run(asyncio.wait_for(with_daemon[what](), 60))
     except BlockvirtError as error:
         return {"refused": f"{type(error).__name__}: {error.message}"}
+    finally:
+        pool.load_contents()
 
 
 def main() -> None:
@@ -126,12 +139,11 @@ def main() -> None:
         bug_named(sys.argv[2]).plant(pytest.MonkeyPatch())
     for line in sys.stdin:
         try:
-            what = line.strip()
-            work = {"serve": serve, "scrub": scrub}.get(what)
-            answer = served(pool, work) if work is not None else check(pool, data=what == "check-data")
+            asked = json.loads(line)
+            told = answer(pool, asked["what"], asked)
         except Exception:  # what nobody expects is a finding of the attack
-            answer = {"fault": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+            told = {"fault": traceback.format_exc()}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

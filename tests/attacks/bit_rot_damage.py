@@ -1,13 +1,15 @@
-"""What rots: damage to the files of a pool at rest, chosen by a seed. Nothing is written here."""
+"""What rots: damage to the files of a pool, chosen by a seed. Nothing is written here but what a trial applies."""
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from blockvirt.pool.labels import LABEL_FILE
+from blockvirt.volumes.journal import FRAMES_AT_BYTES
 from tests.attacks.bit_rot_pages import DataFile, Part, Span
+from tests.attacks.bit_rot_pool import CHUNK_BYTES
 
 
 class Kind(StrEnum):
@@ -21,6 +23,10 @@ class Kind(StrEnum):
     LABEL = "flips in labels"
     CUT = "files cut short"
     SERVED = "flips under a daemon"
+    JOURNAL_CUT = "journals cut short"
+    COPIED = "flips in chunks that writes copy"
+    SERVED_CUT = "files cut short under a daemon"
+    METADATA_CUT = "metadata cut short under a daemon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,9 @@ class Damage:
     """For people."""
     table: str = ""
     number: int = 0
-    """Of the branch or the file whose row it is, where one is damaged that belongs to one."""
+    """Of the branch or the file whose row it is, where one is damaged that belongs to one; of the volume's chunk."""
+    volume: str = ""
+    """Who sees the chunk."""
 
     def apply(self) -> "Damage":
         """Do it; returns what undoes the edits."""
@@ -63,6 +71,7 @@ _WEIGHTS = {
     Kind.CUT: 2,
     Kind.SERVED: 3,
 }
+_FURTHER = {Kind.JOURNAL_CUT: 0.015, Kind.COPIED: 0.015, Kind.SERVED_CUT: 0.01, Kind.METADATA_CUT: 0.005}
 _PARTS = {
     Part.VALUE: 36,
     Part.KEY: 24,
@@ -86,6 +95,8 @@ class Rot:
     """Chunks that have a checksum and are seen: file, offset, length."""
     frames: list[tuple[Path, int, int]]
     """Journal frames that recovery needs, with others behind them: file, offset, length."""
+    seen: list[tuple[Path, int, str, int]]
+    """Sealed chunks that a volume sees: file, offset, volume, chunk of the volume."""
     _content: bytes = b""
     _free: list[int] = field(default_factory=list)
     _page_bytes: int = 0
@@ -106,6 +117,8 @@ class Rot:
         """Return the damage of a trial."""
         chance = random.Random(seed)
         kind = chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        further = random.Random(f"further {seed}")  # dice of their own: the others are as without these kinds
+        kind = further.choices([kind, *_FURTHER], [1 - sum(_FURTHER.values()), *_FURTHER.values()])[0]
         return {
             Kind.METADATA: self._metadata,
             Kind.EXCHANGED: self._exchanged,
@@ -115,6 +128,10 @@ class Rot:
             Kind.LABEL: self._label,
             Kind.CUT: self._cut,
             Kind.SERVED: self._served,
+            Kind.JOURNAL_CUT: self._journal_cut,
+            Kind.COPIED: self._copied,
+            Kind.SERVED_CUT: self._served_cut,
+            Kind.METADATA_CUT: self._metadata_cut,
         }[kind](chance)
 
     def _metadata(self, chance: random.Random) -> Damage:
@@ -123,7 +140,7 @@ class Rot:
             tables = self._parts[part]
             span = chance.choice(tables[chance.choice(sorted(tables))])
             found = self._flip(chance, Kind.METADATA, span)
-            if not self._looks_committed(found):
+            if not self._looks_committed(found) and not self._looks_freed(span, found):
                 return found
 
     def _looks_committed(self, damage: Damage) -> bool:
@@ -136,8 +153,29 @@ class Rot:
         if page > 1 or not _TRANSACTION_AT <= within < _TRANSACTION_AT + 8:
             return False
         changed = self._content[:at] + content + self._content[at + 1 :]
-        numbers = [int.from_bytes(changed[start : start + 8], "little") for start in self._transactions()]
+        numbers = self._numbers(changed)
         return abs(numbers[0] - numbers[1]) == 1
+
+    def _looks_freed(self, span: Span, damage: Damage) -> bool:
+        """Tell whether a flip makes free pages seem free since another transaction, in the same order of all of them.
+
+        A commit leaves the same, and the next one takes the pages as before: no check can tell.
+        """
+        if span.part is not Part.FREE_LIST or span.key:  # not a key, but what it is the key of
+            return False
+        at, content = damage.edits[0]
+        since = sorted(
+            int.from_bytes(self._bytes(each), "little") for each in self._parts[Part.FREE_LIST][""] if not each.key
+        )
+        changed = bytearray(self._bytes(span))
+        old = int.from_bytes(changed, "little")
+        changed[at - span.start] = content[0]
+        place = since.index(old)
+        before, after = [0, *since][place], [*since[1:], max(self._numbers(self._content))][place]
+        return before < int.from_bytes(changed, "little") <= after
+
+    def _numbers(self, content: bytes) -> list[int]:
+        return [int.from_bytes(content[start : start + 8], "little") for start in self._transactions()]
 
     def _transactions(self) -> tuple[int, int]:
         return _TRANSACTION_AT, self._page_bytes + _TRANSACTION_AT
@@ -185,15 +223,38 @@ class Rot:
         path = chance.choice(files)
         needed = path.stat().st_size
         if path not in (self.data_file, self.label):
-            needed = max(offset + length for each, offset, length in self.sealed if each == path)
+            needed = self._end_of_sealed(path)
         elif path == self.label:
             needed -= 1  # without its line feed it says the same
-        cut_at = chance.randrange(needed)
-        return Damage(Kind.CUT, path, (), cut_at, f"{path.name} cut from {path.stat().st_size} bytes to {cut_at}")
+        return _cut(Kind.CUT, path, chance.randrange(needed))
+
+    def _end_of_sealed(self, path: Path) -> int:
+        return max(offset + length for each, offset, length in self.sealed if each == path)
+
+    def _journal_cut(self, chance: random.Random) -> Damage:
+        path = chance.choice(sorted(self.frames[0][0].parent.iterdir()))
+        size_bytes = chance.choice((path.stat().st_size, 2 * FRAMES_AT_BYTES))  # and often before the first frame
+        return _cut(Kind.JOURNAL_CUT, path, chance.randrange(size_bytes))
+
+    def _copied(self, chance: random.Random) -> Damage:
+        path, offset, volume, chunk = chance.choice(self.seen)
+        flip = _flip_in(chance, Kind.COPIED, path, offset, CHUNK_BYTES)
+        return replace(flip, what=f"{flip.what}, chunk {chunk} of {volume}", number=chunk, volume=volume)
+
+    def _served_cut(self, chance: random.Random) -> Damage:
+        path = chance.choice(sorted({path for path, _, _ in self.sealed}))
+        return _cut(Kind.SERVED_CUT, path, chance.randrange(self._end_of_sealed(path)))
+
+    def _metadata_cut(self, chance: random.Random) -> Damage:
+        return _cut(Kind.METADATA_CUT, self.data_file, chance.randrange(len(self._content)))
 
     def _served(self, chance: random.Random) -> Damage:
         table = chance.choice(sorted(_SERVED_TABLES))
         return self._flip(chance, Kind.SERVED, chance.choice(self._parts[Part.VALUE][table]))
+
+
+def _cut(kind: Kind, path: Path, cut_at: int) -> Damage:
+    return Damage(kind, path, (), cut_at, f"{path.name} cut from {path.stat().st_size} bytes to {cut_at}")
 
 
 def _flip_in(chance: random.Random, kind: Kind, path: Path, offset: int, length: int) -> Damage:

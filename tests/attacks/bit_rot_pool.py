@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class RottingPool:
     """A pool under ``root``; ``contents`` are what its volumes and snapshots hold, by export."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.state = root / "state"
         self.device = root / "device"
         self._contents_file = root / "contents"
@@ -124,6 +125,28 @@ class RottingPool:
             for place in checksums
         ]
 
+    def seen_chunks(self) -> list[tuple[Path, int, str, int]]:
+        """Return the sealed chunks that a volume sees whose contents nobody has twice: file, offset, volume, chunk."""
+        seen = {
+            content[at : at + CHUNK_BYTES]: (export, at // CHUNK_BYTES)
+            for export, content in self.contents.items()
+            if "@" not in export
+            for at in range(0, len(content), CHUNK_BYTES)
+        }
+        return [
+            (path, offset, *seen[content])
+            for path, offset, length in self.sealed_chunks()
+            if any(content := _at(path, offset, length)) and content in seen
+        ]
+
+    def files_of_heads(self) -> dict[str, frozenset[Path]]:
+        """Return the backing files of the branch that each volume writes to."""
+        files = self.backing_files().values()
+        with self._rows() as reader:
+            records = [decode(VolumeRecord, key, stored) for key, stored in reader.scan(Table.VOLUMES)]
+        records = [each for each in records if each.name in self.contents]  # not what is in the trash
+        return {each.name: frozenset(path for branch, path in files if branch == each.branch) for each in records}
+
     def users_of_branches(self) -> dict[int, frozenset[str]]:
         """Return the volumes that see something of each branch."""
         with self._rows() as reader:
@@ -151,6 +174,12 @@ class RottingPool:
                 yield reader
         finally:
             store.close()
+
+
+def _at(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def make(root: Path) -> RottingPool:
@@ -197,27 +226,39 @@ def _at_rest(pool: RottingPool) -> None:
         time.sleep(0.05)
 
 
-def leave_journal(daemon: SmallChunks) -> list[tuple[Path, int, int]]:
-    """Write to a volume and kill its daemon; returns the frames of its journal that have another one behind them."""
+def leave_journal(daemon: SmallChunks) -> tuple[RottingPool, list[tuple[Path, int, int]]]:
+    """Write to a volume and kill its daemon, when another one is at rest.
+
+    Returns the pool, and the frames of its journal that have another one behind them.
+    """
     daemon.create(SIZE_BYTES)
+    daemon.cli("volume", "create", "other", "--size", str(SIZE_BYTES))
+    pool, chance = RottingPool(daemon.root), random.Random(1)
 
-    async def write() -> None:
-        chance = random.Random(1)
+    async def write(volume: str, last: Callable[[], None]) -> None:
+        content = bytearray(SIZE_BYTES)
         async with await NbdClient.connect_unix(str(daemon.socket)) as client:
-            await client.go(daemon.export)
+            await client.go(volume)
             for number in range(60):
-                await client.write(chance.randrange(1_300) * CHUNK_BYTES, bytes([number + 1]) * CHUNK_BYTES)
-            daemon.kill9()  # while the volume is open: a close brings what the journal holds into the metadata
+                at, chunk = chance.randrange(1_300) * CHUNK_BYTES, bytes([number + 1]) * CHUNK_BYTES
+                await client.write(at, chunk)
+                content[at : at + CHUNK_BYTES] = chunk
+            pool.contents[volume] = bytes(content)
+            last()
 
-    asyncio.run(write())
+    journals = daemon.device / "journal"
+    asyncio.run(write("other", lambda: None))
+    daemon.until(lambda: not any(journals.iterdir()), "the other volume is not closed", _HTTP_S)
+    asyncio.run(write(daemon.export, daemon.kill9))  # open: a close brings what the journal holds into the metadata
+    pool.save_contents()
     frames = []
-    for path in sorted((daemon.device / "journal").iterdir()):
+    for path in sorted(journals.iterdir()):
         content, at = path.read_bytes(), FRAMES_AT_BYTES
         while HEADER.unpack_from(content, at)[4]:
             length = HEADER.size + HEADER.unpack_from(content, at)[2]
             frames.append((path, at, length))
             at += length
-    return frames[:-1]
+    return pool, frames[:-1]
 
 
 class Kept:

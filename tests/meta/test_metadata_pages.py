@@ -1,4 +1,4 @@
-"""What the walk over LMDB's pages finds beyond LMDB's own verifier: lookups led astray, and a meta page out of turn."""
+"""What the walk over LMDB's pages finds beyond LMDB's own verifier: lookups led astray, what only writers look at."""
 
 import random
 import struct
@@ -115,6 +115,88 @@ def test_half_an_offset_of_a_node_is_found(data_file: Path) -> None:
     content[root * PAGE_BYTES + 12] ^= 1
     data_file.write_bytes(content)
     assert "half an offset" in next(iter(verify_pages(data_file.parent))).message
+
+
+def in_use(content: bytes) -> list[int]:
+    """Where the pages of the newest state lie that have nodes; those of older states are skipped by a walk."""
+    (root,) = struct.unpack_from("<Q", content, max(0, PAGE_BYTES, key=lambda at: content[at + 144]) + 16 + 72 + 40)
+    found, below = [], [root]
+    while below:
+        base = below.pop() * PAGE_BYTES
+        found.append(base)
+        flags, lower = struct.unpack_from("<HH", content, base + 10)
+        for at in struct.unpack_from(f"<{(lower - 16) // 2}H", content, base + 16):
+            low, high, top, key_bytes = struct.unpack_from("<HHHH", content, base + at)
+            if flags & BRANCH:
+                below.append(low | high << 16 | top << 32)
+            elif top & 2:
+                (child,) = struct.unpack_from("<Q", content, base + at + 8 + key_bytes + 40)
+                below += [child] if child != (1 << 64) - 1 else []
+    return found
+
+
+def flipped(data_file: Path, content: bytes, at: int, bit: int) -> list[str]:
+    """What is found with one bit of the file changed."""
+    data_file.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+    return [each.message for each in verify_pages(data_file.parent)]
+
+
+def test_a_page_whose_nodes_begin_elsewhere_is_found(data_file: Path) -> None:
+    """No reader looks at it. The next write copies what lies behind it, and no row that lies before."""
+    content = data_file.read_bytes()
+    pages = in_use(content)
+    assert len(pages) > 100
+    for number, base in enumerate(pages[::10]):
+        assert flipped(data_file, content, base + 14 + number % 2, number % 8), base
+
+
+def test_an_empty_value_that_became_longer_is_found(data_file: Path) -> None:
+    """Nobody reads it; but who deletes its row moves the others of its page by so much."""
+    content = data_file.read_bytes()
+    born = next(
+        base
+        for base in reversed(in_use(content))
+        if content[base + 10] == 2 and int.from_bytes(content[base + 12 : base + 14], "little") > 100
+    )
+    offsets = struct.unpack_from("<8H", content, born + 16)
+    for bit, node in enumerate(offsets[:5], start=1):
+        assert struct.unpack_from("<HHHH", content, born + node) == (0, 0, 0, 8)
+        assert flipped(data_file, content, born + node, bit), bit
+
+
+def test_nodes_and_tables_of_no_kind_are_found(data_file: Path) -> None:
+    content = data_file.read_bytes()
+    leaf = next(base for base in reversed(in_use(content)) if content[base + 10] == 2)
+    (node,) = struct.unpack_from("<H", content, leaf + 16)
+    for bit in range(3, 16):
+        assert flipped(data_file, content, leaf + node + 4 + bit // 8, bit % 8), bit
+    record = content.index(b"leaves", in_use(content)[0]) + len(b"leaves")
+    for bit in (0, 2, 7, 9, 15):
+        assert flipped(data_file, content, record + 4 + bit // 8, bit % 8), bit
+    newest = max(0, PAGE_BYTES, key=lambda at: content[at + 144])
+    for record in (newest + 16 + 24, newest + 16 + 72):
+        assert flipped(data_file, content, record + 4, 7), record
+
+
+def test_whatever_was_put_and_deleted_the_pages_are_sound(tmp_path: Path) -> None:
+    """LMDB itself keeps what is asked for here: in rows that grow, shrink, go, and need pages of their own."""
+    chance = random.Random(1)
+    store = Store.open(tmp_path, create=True, reserve_bytes=0)
+
+    def change(writer: Writer) -> None:
+        for _ in range(400):
+            table, key = chance.choice((Table.LEAVES, Table.BORN, Table.JOBS)), b"%05d" % chance.randrange(900)
+            if chance.random() < 0.35:
+                writer.delete(table, key)
+            else:
+                writer.put(table, key * chance.choice((1, 1, 9)), bytes(chance.choice((0, 9, 300, 1_999, 3_000))))
+
+    for _ in range(12):
+        store.commit_now(change)
+        assert list(verify_pages(tmp_path)) == []
+    store.commit_now(lambda writer: [writer.delete(Table.BORN, key) for key, _ in list(writer.scan(Table.BORN))])
+    assert list(verify_pages(tmp_path)) == []
+    store.close()
 
 
 def test_a_table_whose_name_is_damaged_is_not_made_anew(data_file: Path) -> None:

@@ -291,6 +291,20 @@ async def test_damage_amid_a_journal_is_found_and_loses_nothing_silently(tmp_pat
     assert journal.exists()
 
 
+@pytest.mark.parametrize("left_bytes", [0, 4096, FRAMES_AT_BYTES + 10, FRAMES_AT_BYTES + 100, 65_536])
+@pytest.mark.parametrize("half", [0, 1])
+async def test_a_journal_that_was_cut_short_is_found_and_kept(tmp_path: Path, half: int, left_bytes: int) -> None:
+    pool, volume_id, _ = await journalled(tmp_path)
+    paths = sorted((pool.device / "journal").iterdir())
+    os.truncate(paths[half], left_bytes)
+    assert codes(pool) == ["branch-unreadable"]
+    await pool.start()
+    with pytest.raises(DamagedRecord, match="a part of it is missing"):
+        await pool.open(volume_id)
+    await pool.close()
+    assert sorted((pool.device / "journal").iterdir()) == paths
+
+
 async def test_a_flipped_bit_is_no_note_that_a_volume_stopped(tmp_path: Path) -> None:
     pool, volume_id, journal = await journalled(tmp_path)
     flip(journal, BLOCK_BYTES)

@@ -163,6 +163,24 @@ async def test_a_truncated_file_is_an_error_and_never_zeros(pool: Pool, killed: 
     assert [finding.code for finding in findings(pool)] == ["file-short"]
 
 
+async def test_a_file_that_is_truncated_while_it_is_open_stays_short(pool: Pool) -> None:
+    """A close gives back what was reserved behind the last chunk. It must not make the file longer again, by zeros."""
+    handle = await pool.open(volume_id := await pool.volume(SIZE))
+    await write(handle, 0, b"a" * 4096 * 8)
+    await handle.flush()
+    (file,) = (pool.device / "files").iterdir()
+    os.truncate(file, 4096 * 5)
+    for _daemon in range(2):
+        assert await read(handle, 0, 4096 * 5) == b"a" * 4096 * 5
+        with pytest.raises(DeviceFault, match="ends"):
+            await read(handle, 4096 * 6, 4096)
+        await handle.close()
+        assert file.stat().st_size == 4096 * 5
+        assert [finding.code for finding in findings(pool)] == ["file-short"]
+        handle = await pool.open(volume_id)
+    await handle.close()
+
+
 async def test_what_a_dead_daemon_wrote_in_place_is_synced_before_the_volume_opens(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
