@@ -37,13 +37,14 @@ def run_group(env: Any, tables: Mapping[Table, Any], changes: Sequence[Change]) 
     """
     transaction = env.begin(write=True)
     outcomes: list[Outcome] = []
+    large: set[tuple[Table, bytes]] = set()
     try:
         for change in changes:
             if len(changes) == 1:
-                outcomes.append(_run(change, Writer(transaction, tables)))
+                outcomes.append(_run(change, Writer(transaction, tables, large)))
                 continue
             child = env.begin(write=True, parent=transaction)
-            outcome = _run(change, Writer(child, tables))
+            outcome = _run(change, Writer(child, tables, large))
             if outcome.error is None:
                 child.commit()
             else:

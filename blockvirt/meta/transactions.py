@@ -8,6 +8,7 @@ from blockvirt.meta.records import Record, decode, encode
 
 R = TypeVar("R", bound=Record)
 MAX_KEY_BYTES = 511  # of LMDB 0.9
+_LARGE_BYTES = 1_024  # values from about 2 KiB on have pages of their own
 _BATCH_ROWS = 256  # rows that a Writer's scan holds, so that what it has yielded may be changed
 
 
@@ -80,11 +81,22 @@ class Reader:
 class Writer(Reader):
     """A Reader that also changes; it sees its own changes. All of them become durable, or none."""
 
-    __slots__ = ()
+    __slots__ = ("_large",)
+
+    def __init__(self, transaction: Any, tables: Mapping[Table, Any], large: set[tuple[Table, bytes]]) -> None:
+        """``large`` holds the rows with large values that were put since the outermost transaction began."""
+        super().__init__(transaction, tables)
+        self._large = large
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Store ``value`` under ``key`` (1 to 511 bytes), replacing what is there."""
         assert 0 < len(key) <= MAX_KEY_BYTES, key
+        if self._large and (table, key) in self._large:
+            # mdb_cursor_put leaves a smaller value on the pages of its own that the transaction gave the larger one,
+            # more than it needs: no damage, but nobody could tell it from that.
+            self._transaction.delete(key, db=self._tables[table])
+        if len(value) > _LARGE_BYTES:
+            self._large.add((table, key))
         self._transaction.put(key, value, db=self._tables[table])
 
     def put_record(self, table: Table, key: bytes, record: Record) -> None:

@@ -13,6 +13,7 @@ from blockvirt.meta.datafile import read_facts
 from blockvirt.meta.keys import Table
 from blockvirt.meta.records import HostRecord
 from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.verify import verify_pages
 
 HOST = HostRecord("1", "web1", 0.0, labels={"a": "b"})
 
@@ -265,3 +266,30 @@ def test_what_is_no_store_of_ours_is_refused(tmp_path: Path, at: int, value: byt
     with pytest.raises(MetadataFault) as caught:
         Store.open(tmp_path / "metadata")
     assert says in caught.value.message + caught.value.cause
+
+
+@pytest.mark.parametrize("sizes", [(9_000, 9), (9_000, 5_000), (3_000, 9_000, 2_500)])
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_large_value_that_shrinks_in_its_transaction_leaves_sound_pages(
+    store: Store, sizes: tuple[int, ...], together: bool
+) -> None:
+    """LMDB would leave it on the pages that it has, more than the value needs: `blockvirt check` calls that damage."""
+
+    def putting(size: int) -> Callable[[Writer], None]:
+        return lambda writer: writer.put(Table.VOLUMES, b"v", bytes(size))
+
+    if together:
+        store.commit_now(lambda writer: [putting(size)(writer) for size in sizes])
+    else:  # they come while the thread is busy: one group
+        is_busy, may_go_on = threading.Event(), threading.Event()
+        busy = asyncio.ensure_future(store.commit(lambda _: (is_busy.set(), may_go_on.wait(10))))
+        await asyncio.to_thread(is_busy.wait, 10)
+        commits = store.commits
+        waiting = [asyncio.ensure_future(store.commit(putting(size))) for size in sizes]
+        await asyncio.sleep(0)
+        may_go_on.set()
+        await asyncio.gather(busy, *waiting)
+        assert store.commits == commits + 2, "what waited shared a transaction"
+    with store.read() as reader:
+        assert reader.get(Table.VOLUMES, b"v") == bytes(sizes[-1])
+    assert list(verify_pages(store.path)) == []

@@ -90,7 +90,7 @@ def _forget_stops(patch: pytest.MonkeyPatch) -> None:
 def _run_group(env: Any, tables: Mapping[Table, Any], changes: Sequence[Change]) -> tuple[list[Outcome], bool]:
     """Take a commit for done, whatever it says."""
     transaction = env.begin(write=True)
-    outcomes = [group_commit._run(change, Writer(transaction, tables)) for change in changes]
+    outcomes = [group_commit._run(change, Writer(transaction, tables, set())) for change in changes]
     with contextlib.suppress(lmdb.Error):
         transaction.commit()
     return outcomes, True
