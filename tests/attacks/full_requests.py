@@ -230,6 +230,8 @@ class Requests(Scenario):
         self.expected.snapshots["i@s"] = self.expected.snapshots["v@s"]
         self.expected.volumes["i"] = Blocks.of(self.expected.snapshots["v@s"])
         await self._ask("an import that is cut off", lambda: self._import("j", stream[:-1], ends=False), is_whole=False)
+        self.full.make_room()
+        await self.pool.imports.take_back_all()
         if [each.name for each in (await self.pool.catalogue.list()).volumes if each.name == "j"]:
             self.problems.append("what an import has left is there though it was taken back")
         async with self.pool.exports.export("v@t", "v@s") as export:
