@@ -57,7 +57,7 @@ _OF_REQUESTS: Mapping[str, int] = {
     "volumes.catalogue.Catalogue.set_policy.apply": 1,
     "volumes.catalogue.Catalogue.delete": 4,
     "volumes.catalogue.Catalogue.create": 4,
-    "volumes.checkpoint._commit.write": 8,
+    "volumes.checkpoint._commit.write": 7,
     "snapshots.catalogue.Snapshots._set_hold": 2,
     "snapshots.revert.Reverts._revert": 1,
     "snapshots.scrub.Scrubbing.start": 1,

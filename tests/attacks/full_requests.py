@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from blockvirt.api.idempotency import Idempotency
-from blockvirt.errors import BlockvirtError, NotFound, PoolFull
+from blockvirt.errors import BlockvirtError, InUse, NotFound, PoolFull, VolumeStopped
 from blockvirt.lun.presentation import Presentation
 from blockvirt.lun.units import flag_host, flag_units
 from blockvirt.meta.keys import Table, unit_key
@@ -62,6 +62,8 @@ class AdministeredPool(AttackedPool):
         self.presentation = Presentation(engine.store, _NoSessions())
         self.schedules = Schedules(engine.store, lambda: self.now_s, ScheduledSnapshots(engine.store, self.snapshots))
         self.idempotency = Idempotency(engine.store)
+        await self.imports.take_back_all()
+        await self.presentation.finish_deletions()
         return self
 
     async def close(self) -> None:
@@ -107,15 +109,21 @@ class Requests(Scenario):
         for name in filter(self.is_stopped, list(self.expected.volumes)):  # a checkpoint without room does so
             await self._stopped(name)
         self.full.make_room()
-        for name in list(self.expected.stopped):
-            if not await self._reopen(name):  # there was no room to note it: only its journal says so
-                await self._on_pool(f"reopening {name}", lambda name=name: self.pool.catalogue.reopen(name))  # type: ignore[misc]
-                await self._reopen(name)
+        for name in list(self.expected.volumes):
+            await self._revive(name)
         done, _ = await self._on_pool(what, call)
         if done:
             self.tried_again += 1
         else:
             self.problems.append(f"{what} was refused though there is room again: {self.last_error!r}")
+
+    async def _revive(self, name: str) -> None:
+        """Reopen a volume that has stopped. Where there was no room to note that, only an error tells of it."""
+        if name in self.expected.stopped or isinstance(self.last_error, VolumeStopped):
+            with suppress(InUse):  # it has not stopped
+                await self.pool.catalogue.reopen(name)
+        if name in self.expected.stopped:
+            await self._reopen(name)
 
     def _rows(self) -> list[tuple[bytes, bytes]]:
         with self.pool.engine.store.read() as reader:

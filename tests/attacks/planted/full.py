@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 
 from blockvirt.errors import PoolFull
+from blockvirt.lun.address import ADDRESS_MASK
 from blockvirt.pool.backing import BackingFile
 from blockvirt.snapshots.importing import SnapshotImports
 from blockvirt.snapshots.schedules import Schedules
@@ -69,6 +70,14 @@ def _refuse_checkpoints(patch: pytest.MonkeyPatch) -> None:
         await real(parts)
 
     patch.setattr(checkpoint, "checkpoint", refusing)
+
+
+def _lose_fresh(self: Volume, chunk: int, count: int, entry: int) -> None:
+    """Forget of what was just written that the head alone has it: every overwrite takes another chunk."""
+    _STAGE(self, chunk, count, entry & ADDRESS_MASK)
+
+
+_STAGE = Volume.stage
 
 
 def _ask_for_room_to_delete(patch: pytest.MonkeyPatch) -> None:
@@ -224,5 +233,13 @@ BUGS: tuple[Bug, ...] = (
         "full",
         _stay_at_work,
         seed=133,
+    ),
+    Bug(
+        "fresh-lost",
+        "the FRESH flag of what was just written is lost: it is overwritten at another address",
+        ("I10",),
+        "full",
+        replacing(Volume, "stage", _lose_fresh),
+        seed=1,
     ),
 )
