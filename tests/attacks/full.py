@@ -36,7 +36,7 @@ from tests.attacks.full_scenario import FullPool
 
 KINDS = ("limit", "small disk", "allocation", "map", "state", "allocation", "map", "limit", "ext4", "journal")
 """By the last digit of the seed."""
-_TRIAL_S = 60
+_TRIAL_S = 120
 
 
 def run(budget: Budget) -> Outcome:
