@@ -147,6 +147,11 @@ def _free_before_commit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tail, "take", wrong)
 
 
+def _lose_fresh(patch: pytest.MonkeyPatch) -> None:
+    stage = Volume.stage
+    patch.setattr(Volume, "stage", lambda self, chunk, count, entry: stage(self, chunk, count, entry & ADDRESS_MASK))
+
+
 def _ignore_stops(patch: pytest.MonkeyPatch) -> None:
     async def note_nothing(self: Volume) -> None:
         pass
@@ -289,6 +294,7 @@ BUGS: tuple[Bug, ...] = (
         _free_before_commit,
         100,
     ),
+    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), _lose_fresh, 400),
     _bug("sim-stop-note-ignored", "recovery ignores that the volume had stopped", ("I7",), _ignore_stops, 400),
     _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 30),
     _bug(
