@@ -43,10 +43,11 @@ def only_what_needs_space(
     """
     volume, chunks = handle._opened.volume, range(cells.start // CHUNK_CELLS, -(-cells.stop // CHUNK_CELLS))
     own, epoch = _OWN.setdefault(volume, _Own()), volume.map.epoch
-    is_own, is_zeroing = own.has(chunks, epoch), punch is not None
+    is_alone, is_zeroing = not own.under_way, punch is not None
+    is_own = is_alone and own.has(chunks, epoch)
     own.zeroings += is_zeroing
     own.under_way += is_zeroing
-    zeroings, is_alone = own.zeroings, not own.under_way
+    zeroings = own.zeroings
     try:
         yield
     except PoolFull as error:
