@@ -53,7 +53,9 @@ _CHECKS = (
 class Target:
     """A daemon, and its document."""
 
-    def __init__(self, budget: Budget, stack: ExitStack) -> None:
+    def __init__(self, budget: Budget, stack: ExitStack, first: int) -> None:
+        """``first``: seed of the first request that it gets."""
+        self.first = first
         self.daemon = stack.enter_context(FuzzedDaemon(budget.planted))
         self.daemon.start()
         for name in ("disk2", "disk3"):
@@ -105,9 +107,13 @@ class Target:
             aim(case, dice, self._jobs, self.daemon.root)
             broken = self._asked(case, outcome)
             if broken:
-                outcome.fail(seed, f"{operation.label} (--seed {seeds[0]} --count {len(seeds)}): {broken}")
+                self.fail(seeds, f"{operation.label}, seed {seed}: {broken}", outcome)
         if faults := self.daemon.new_faults():
-            outcome.fail(seeds[0], f"{operation.label}: the daemon logged a mistake of its own:\n{faults}")
+            self.fail(seeds, f"{operation.label}: the daemon logged a mistake of its own:\n{faults}", outcome)
+
+    def fail(self, seeds: Sequence[int], what: str, outcome: Outcome) -> None:
+        """Note what some requests broke, alone or with all that were before them."""
+        outcome.fail(seeds[0], what, count=len(seeds), within=range(self.first, seeds[-1] + 1))
 
     def _asked(self, case: Case[Any], outcome: Outcome) -> str:
         try:
@@ -159,12 +165,12 @@ def run(budget: Budget) -> Outcome:
     with ExitStack() as stack:
         while batch := list(islice(seeds, AT_ONCE)):
             last = batch
-            target = target or Target(budget, stack)
-            if not (batch[0] - budget.seed) % _REFILL:
+            target = target or Target(budget, stack, batch[0])
+            if not (batch[0] - target.first) % _REFILL:
                 target.refill()
             target.ask(batch, outcome)
             if not target.daemon.running:
-                outcome.fail(batch[0], f"the daemon has ended\n{target.daemon.log_tail()}")
+                target.fail(batch, f"the daemon has ended\n{target.daemon.log_tail()}", outcome)
                 stack.close()
                 target = None
             if not (outcome.tried + 1) % 1_000:
@@ -173,7 +179,8 @@ def run(budget: Budget) -> Outcome:
             try:
                 target.finish(outcome)
             except (AssertionError, ServerFailed) as error:
-                outcome.fail(last[0], f"after this and what was before it: {error}")
+                count = last[-1] + 1 - target.first
+                outcome.fail(target.first, f"after these requests: {error}", count=count)
     if outcome.tried >= _ENOUGH and not outcome.failures:
         for figure in ("2xx", "4xx", "snapshots deleted in the end"):
             if not outcome.figures.get(figure):

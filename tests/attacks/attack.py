@@ -22,9 +22,23 @@ class Failure:
     """A broken promise."""
 
     seed: int
-    """Of the trial: with ``--seed`` and ``--count 1`` it comes again."""
+    """Of the trial, or of the first of those that broke it together."""
     what: str
     """What was promised, and what was found."""
+    count: int = 1
+    """With ``--seed`` and ``--count`` so many trials it comes again."""
+    within: range | None = None
+    """Seeds of all trials on the same daemon up to there: what came before or beside them may matter, too."""
+
+    def again(self, attack: str) -> list[str]:
+        """Return what brings it again: the fewest trials first, then those that leave nothing out."""
+        ways = [range(self.seed, self.seed + self.count), self.within]
+        lines = ("again: ", "or, if what its daemon did before or beside that matters: ")
+        return [
+            f"{line}python -m tests.attacks {attack} --seed {seeds.start} --count {len(seeds)}"
+            for line, seeds in zip(lines, ways, strict=True)
+            if seeds is not None and (seeds is ways[0] or seeds != ways[0])
+        ]
 
 
 @dataclass(slots=True)
@@ -60,9 +74,9 @@ class Outcome:
             )
         return ", ".join(words)
 
-    def fail(self, seed: int, what: str) -> None:
-        """Note a broken promise."""
-        self.failures.append(Failure(seed, what))
+    def fail(self, seed: int, what: str, *, count: int = 1, within: range | None = None) -> None:
+        """Note a broken promise; see Failure."""
+        self.failures.append(Failure(seed, what, count, within))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 libFuzzer feeds each target (``codecs_targets``), guided by which lines of blockvirt an input reaches (atheris), in a
 process of its own (``codecs_child``). A trial is one execution; those of a budget are shared evenly by the targets. The
 seed is libFuzzer's: the same seed and count begin with the same inputs, but where memory is mapped may lead a long run
-to others. So a failure prints its input, which breaks the promise by itself.
+to others. So a failure prints its input, which breaks the promise by itself, and the whole slice as what comes again.
 """
 
 import json
@@ -29,7 +29,7 @@ def run(budget: Budget) -> Outcome:
         outcome.tried += runs[name]
         outcome.add(f"of {name}", done["done"])
         if done["input"] is not None:
-            outcome.fail(budget.seed, _told(done))
+            outcome.fail(budget.seed, _told(done), count=budget.count)
             if budget.stop_early:
                 return outcome
         elif done["done"] < runs[name]:

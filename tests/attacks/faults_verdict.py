@@ -7,6 +7,7 @@ from blockvirt import check
 from blockvirt.device import read_one
 from blockvirt.errors import BlockvirtError, NotFound, VolumeStopped
 from blockvirt.meta.copies import newest_intact, remembered_folders
+from blockvirt.volumes.job_states import FINISHED
 from tests.attacks.faults_attempts import SIZE_BYTES, read_all
 from tests.attacks.faults_model import Expected, differences, values
 from tests.attacks.faults_pool import AttackedPool
@@ -129,6 +130,8 @@ async def _empty(pool: AttackedPool, verdict: Verdict) -> None:
         job = await pool.engine.jobs.finished(deletion.job_id)
         if job.state != "done":
             verdict.problems.append(f"the purge of {volume.name} ended as {job.state}: {job.error}")
+    while left := [job for job in pool.engine.jobs.list() if job.state not in FINISHED]:  # what a purge has queued
+        await pool.engine.jobs.finished(left[0].id)
     await pool.punch()
     if used_bytes := pool.engine.storage.status().used_bytes:
         verdict.problems.append(f"{used_bytes} bytes are in use where nothing is left")

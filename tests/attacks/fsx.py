@@ -47,23 +47,25 @@ def run(budget: Budget) -> Outcome:
         budget.say(f"fsx: without libnbd: {LIBNBD_MISSING}")
     with ExitStack() as stack:
         daemon: SmallChunks | None = None
-        seed = budget.seed
+        seed = first = budget.seed
         for seed in budget.seeds(outcome):
             if daemon is None:
                 daemon = stack.enter_context(SmallChunks(budget.planted))
                 daemon.start()
+                first = seed
             try:
                 is_kept = not seed % _KEPT or seed == budget.seed + budget.count - 1
                 asyncio.run(_history(daemon, seed, outcome, is_kept=is_kept))
             except FAILURES as error:
                 log = f"\n{daemon.log_tail()}" if "internal error" in str(error) else ""
-                outcome.fail(seed, f"{type(error).__name__}: {error}{log}")
+                within = range(first, seed + 1)
+                outcome.fail(seed, f"{type(error).__name__}: {error}{log}", within=within)
                 daemon.close()
                 daemon = None
             if not (seed + 1) % 25:
                 budget.say(f"fsx: seed {seed}: {outcome.tried + 1} histories, {len(outcome.failures)} broken")
         if daemon is not None:
-            _prove(daemon, seed, outcome)
+            _prove(daemon, range(first, seed + 1), outcome)
     outcome.figures["operations"] = OPERATIONS * outcome.tried
     missing = [figure for figure in _MUST_HAPPEN if not outcome.figures.get(figure)]
     if missing and not outcome.failures:
@@ -76,13 +78,13 @@ async def _history(daemon: Daemon, seed: int, outcome: Outcome, *, is_kept: bool
         await History(daemon, seed, outcome).run(is_kept=is_kept)
 
 
-def _prove(daemon: SmallChunks, seed: int, outcome: Outcome) -> None:
+def _prove(daemon: SmallChunks, seeds: range, outcome: Outcome) -> None:
     """Stop the daemon and check its pool, with what the histories so far have left in it."""
     try:
         daemon.stop()
         daemon.check()
     except AssertionError as error:
-        outcome.fail(seed, f"after this and the histories before it: {error}")
+        outcome.fail(seeds.start, f"after these histories: {error}", count=len(seeds))
 
 
 ATTACK = Attack(

@@ -1,23 +1,19 @@
 """Attack: the pool is full, at each place where it can be, and I10 must hold.
 
-One trial fills one pool in one way: a device's limit, a small filesystem, an allocation that finds no space, the state
-directory's filesystem, LMDB's map. While it is full, what is there is read, overwritten, trimmed, flushed and deleted;
-only what needs a new chunk is refused, as "no space". Then space is made, and is there. At the end a fresh engine is
-compared with what was answered, and proved.
+One trial fills one pool in one way: a device's limit, a small filesystem, an allocation that finds no space, a journal
+that finds none, the state directory's filesystem. While it is full, what is there is read, overwritten, trimmed,
+flushed and deleted; only what needs a new chunk is refused, as "no space". Then space is made, and is there. Or three
+pools find LMDB's map full, each in another transaction. At the end a fresh engine is compared with what was answered,
+and proved.
 """
 
 import asyncio
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import lmdb
 import pytest
 
-from blockvirt.meta import group_commit
-from blockvirt.meta.store import Store
 from tests.attacks.attack import Attack, Budget, Level, Outcome
 from tests.attacks.faults_model import Expected
 from tests.attacks.faults_pool import (
@@ -32,12 +28,15 @@ from tests.attacks.faults_pool import (
 )
 from tests.attacks.faults_scenario import Scenario
 from tests.attacks.faults_verdict import judge
+from tests.attacks.full_journal import JOURNALS, FullJournal
+from tests.attacks.full_map import FullMap, places_of
 from tests.attacks.full_places import PLACES, Place
+from tests.attacks.full_requests import AdministeredPool, Requests
 from tests.attacks.full_scenario import FullPool
 
-KINDS = ("limit", "small disk", "allocation", "map", "state", "allocation", "map", "limit", "ext4", "map")
+KINDS = ("limit", "small disk", "allocation", "map", "state", "allocation", "map", "limit", "ext4", "journal")
 """By the last digit of the seed."""
-_TRIAL_S = 60
+_TRIAL_S = 120
 
 
 def run(budget: Budget) -> Outcome:
@@ -71,18 +70,38 @@ def run(budget: Budget) -> Outcome:
 
 def _trial(kind: str, root: Path, seed: int, outcome: Outcome, patch: pytest.MonkeyPatch) -> list[str]:
     if kind == "map":
-        return asyncio.run(_full_map(root, seed, outcome, patch))
+        return _full_maps(root, seed, outcome)
+    if kind == "journal":
+        with JOURNALS[seed // len(KINDS) % len(JOURNALS)](root, seed, patch) as place:
+            return asyncio.run(_full_place(root, outcome, FullJournal, place))
     with PLACES[kind](root, seed, patch) as place:
-        return asyncio.run(_full_place(root, seed, outcome, place))
+        return asyncio.run(_full_place(root, outcome, FullPool, place))
 
 
-async def _full_place(root: Path, seed: int, outcome: Outcome, place: Place) -> list[str]:
+def map_number(seed: int) -> int:
+    """Count the seeds before this one whose kind is "map"."""
+    return seed // len(KINDS) * KINDS.count("map") + KINDS[: seed % len(KINDS)].count("map")
+
+
+def _full_maps(root: Path, seed: int, outcome: Outcome) -> list[str]:
+    """Try some places of a full map, one after the other."""
+    for number, (place, most) in enumerate(places_of(map_number(seed))):
+        with pytest.MonkeyPatch.context() as patch:
+            full = FullMap(place, most)
+            full.put_in(patch)
+            (root / str(number)).mkdir()
+            if problems := asyncio.run(_full_map(root / str(number), seed, full, outcome)):
+                return problems
+    return []
+
+
+async def _full_place(root: Path, outcome: Outcome, scenario: type[FullPool], place: Place) -> list[str]:
     lost = unfinished(asyncio.get_running_loop())
     pool = AttackedPool(root, place.settings)
     pool.device = root / "disk1"
-    full = FullPool(pool, seed, place)
+    full = scenario(pool, place.seed, place)
     await asyncio.wait_for(full.run(), 60)
-    is_killed = random.Random(seed).random() < 0.5
+    is_killed = random.Random(place.seed).random() < 0.5
     await (pool.kill() if is_killed else pool.close())
     place.make_space()
     problems = [*full.problems, *lost]
@@ -95,49 +114,31 @@ async def _full_place(root: Path, seed: int, outcome: Outcome, place: Place) -> 
     return problems
 
 
-async def _full_map(root: Path, seed: int, outcome: Outcome, patch: pytest.MonkeyPatch) -> list[str]:
+async def _full_map(root: Path, seed: int, full: FullMap, outcome: Outcome) -> list[str]:
     """LMDB's map is full in some transaction, or in all from then on: a clean error, or a stop."""
     lost = unfinished(asyncio.get_running_loop())
-    dice = random.Random(seed)
-    full = _FullMap(dice.randrange(1, 60), dice.choice([1, 2, 1000]))
-    full.put_in(patch)
-    pool = AttackedPool(root, SETTINGS)
+    scenario: Requests | Scenario
+    if full.place.is_of_requests:
+        scenario = Requests(AdministeredPool(root, SETTINGS), seed, full)
+    else:
+        scenario = Scenario(AttackedPool(root, SETTINGS), seed, Expected())
+    pool = scenario.pool
     pool.device = root / "disk1"
-    scenario = Scenario(pool, seed, Expected())
     await scenario.run()
     if pool.is_up:
-        await asyncio.wait_for(pool.close() if dice.random() < 0.5 else pool.kill(), 20)
-    full.most = 0
+        await asyncio.wait_for(pool.close() if random.Random(seed).random() < 0.5 else pool.kill(), 20)
+    full.end()
     problems = [*scenario.problems, *lost]
     if not problems:
         verdict = await judge(pool, scenario.expected, power_was_cut=False)
         problems += verdict.problems
         outcome.add("blocks compared", verdict.blocks)
+        full.demand()
     outcome.add("transactions without room", full.hits)
-    return problems
-
-
-class _FullMap:
-    """Transactions that find LMDB's map full, and no way to make it larger."""
-
-    def __init__(self, first: int, most: int) -> None:
-        self.first = first
-        self.most = most
-        self.hits = 0
-        self._count = 0
-        self._real: Callable[..., Any] = group_commit.run_group
-
-    def put_in(self, patch: pytest.MonkeyPatch) -> None:
-        """Stand in for the store's transactions."""
-        patch.setattr("blockvirt.meta.store.run_group", self._run_group)
-        patch.setattr(Store, "_grow", lambda store, *, wait: False)
-
-    def _run_group(self, *arguments: Any) -> Any:
-        self._count += 1
-        if self.first <= self._count < self.first + self.most:
-            self.hits += 1
-            raise lmdb.MapFullError("planted")
-        return self._real(*arguments)
+    outcome.add("steps refused by a full map", scenario.refused)
+    if isinstance(scenario, Requests):
+        outcome.add("requests that went with room again", scenario.tried_again)
+    return [f"{full.most} transactions without room from {full.place} on: {each}" for each in problems]
 
 
 ATTACK = Attack(

@@ -122,19 +122,29 @@ def _mounted(root: Path, folder: str, *arguments: str) -> Iterator[None]:
 
 
 @contextmanager
-def _small_disk(root: Path, seed: int, patch: pytest.MonkeyPatch) -> Iterator[Place]:
+def tmpfs(root: Path, seed: int) -> Iterator[None]:
+    """Have a small disk in memory at ``root``/disk1."""
     size = f"size={16 * MIB + seed % 31 * 12 * KIB}"
     with _mounted(root, "disk1", "-t", "tmpfs", "-o", size, "tmpfs"):
-        yield Place(root, seed)
+        yield
 
 
 @contextmanager
-def _ext4(root: Path, seed: int, patch: pytest.MonkeyPatch) -> Iterator[Place]:
+def ext4(root: Path, seed: int) -> Iterator[None]:
+    """Have a small ext4 there."""
     image = root / "image"
     with image.open("wb") as file:
         file.truncate(24 * MIB + seed % 13 * 64 * KIB)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
     with _mounted(root, "disk1", "-o", "loop", str(image)):
+        yield
+
+
+@contextmanager
+def _on(
+    filesystem: Callable[[Path, int], AbstractContextManager[None]], root: Path, seed: int, _: object
+) -> Iterator[Place]:
+    with filesystem(root, seed):
         yield Place(root, seed)
 
 
@@ -155,8 +165,8 @@ def _state(root: Path, seed: int, patch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 PLACES: Mapping[str, Callable[[Path, int, pytest.MonkeyPatch], AbstractContextManager[Place]]] = {
     "limit": _limit,
-    "small disk": _small_disk,
-    "ext4": _ext4,
+    "small disk": partial(_on, tmpfs),
+    "ext4": partial(_on, ext4),
     "allocation": _allocation,
     "state": _state,
 }

@@ -11,6 +11,7 @@ from blockvirt.meta.store import Writer
 from blockvirt.units import MIB
 from blockvirt.volumes.handle import Handle
 from blockvirt.volumes.requests import NewVolume
+from tests.attacks.faults_attempts import BLOCKS
 from tests.attacks.faults_model import BLOCK_BYTES, ZEROS, Expected
 from tests.attacks.faults_pool import CHUNK_BYTES, AttackedPool
 from tests.attacks.faults_scenario import A_CHUNK, Scenario
@@ -22,7 +23,7 @@ _PIECE_BYTES = 64 * CHUNK_BYTES
 
 
 class FullPool(Scenario):
-    """A volume ``v`` that is compared, and a volume ``f`` that takes all the space."""
+    """A volume ``v`` that is compared, one ``f`` that takes all the space, and one ``d`` that is deleted."""
 
     def __init__(self, pool: AttackedPool, seed: int, place: Place) -> None:
         super().__init__(pool, seed, Expected())
@@ -65,6 +66,7 @@ class FullPool(Scenario):
         await self.snapshot("v@s")
         await self._write("v", 0, 32 * A_CHUNK)
         await self.flush("v")
+        await self._make_to_delete("d")
         made = await self.pool.catalogue.create(NewVolume(size_bytes=_BIG_BYTES, name="f"))
         self._filler = await self.pool.open(made.volume.id)
         if self.refused:
@@ -116,11 +118,7 @@ class FullPool(Scenario):
 
     async def _use_what_is_there(self) -> None:
         """Read, overwrite in place, trim, flush, checkpoint."""
-        await self._must("a read", lambda: self.read("v"))
-        for _ in range(3):
-            first, count = self._range(6 * A_CHUNK, 16 * A_CHUNK, 32 * A_CHUNK)
-            await self._must("an overwrite", lambda place=(first, count): self._write("v", *place))  # type: ignore[misc]
-        await self._must("a flush", lambda: self.flush("v"))
+        await self._use_in_place()
         if not self._trimmed:
             await self._must_refuse_for_space("before anything was freed")
         self._trimmed = True
@@ -129,6 +127,14 @@ class FullPool(Scenario):
         await self._must("a checkpoint", lambda: self.checkpoint("v"))
         await self._must("an overwrite after a checkpoint", lambda: self._write("v", 30 * A_CHUNK, A_CHUNK))
         await self._must("a flush of the full volume", self._filler.flush)
+
+    async def _use_in_place(self) -> None:
+        """Do what changes no map."""
+        await self._must("a read", lambda: self.read("v"))
+        for _ in range(3):
+            first, count = self._range(6 * A_CHUNK, 16 * A_CHUNK, 32 * A_CHUNK)
+            await self._must("an overwrite", lambda place=(first, count): self._write("v", *place))  # type: ignore[misc]
+        await self._must("a flush", lambda: self.flush("v"))
 
     async def _trim(self) -> None:
         first, self._trims = self._trims * A_CHUNK, self._trims + 1  # each time something that is mapped
@@ -146,9 +152,27 @@ class FullPool(Scenario):
         if self.place.is_of_the_device:
             for _ in range(6):  # less than was trimmed, and more than anything else gave back
                 await self._must("new chunks after a trim", lambda: self._write_new(_PIECE_BYTES))
+            await self._fill()
+        await self._must_refuse_for_space("though what a trim gave back is used, or nothing was given back")
+        await self._delete_a_volume()
+        if self.place.is_of_the_device:
+            for _ in range(3):  # three quarters of what it had
+                await self._must("new chunks after a volume was deleted", lambda: self._write_new(16 * CHUNK_BYTES))
         else:
-            await self._must_refuse_for_space("though a trim makes no space there")
+            await self._must_refuse_for_space("though a deletion makes no space there")
         await self.read("v")
+
+    async def _make_to_delete(self, name: str) -> None:
+        """Make a volume that is full, and closed."""
+        await self.create(name)
+        await self._write(name, 0, BLOCKS)
+        await self._handles.pop(name).close()
+
+    async def _delete_a_volume(self, name: str = "d") -> None:
+        await self._must("deleting a volume", lambda: self.delete_volume(name))
+        await self._must("giving its space back", self.pool.punch)
+        if failed := self.pool.engine.jobs.list(state="failed"):
+            self.problems.append(f"a {failed[0].kind} failed in a full pool: {failed[0].error}")
 
 
 def _promise_much(writer: Writer) -> None:

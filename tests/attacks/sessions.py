@@ -31,12 +31,14 @@ _WARM_UP = range(1_000_000_000, 1_000_000_064)
 class Target:
     """A daemon, the canary in it, and what it held at first."""
 
-    def __init__(self, budget: Budget, stack: ExitStack) -> None:
+    def __init__(self, budget: Budget, stack: ExitStack, first: int) -> None:
+        """``first``: seed of the first session that it gets."""
+        self.first = first
         self.daemon = stack.enter_context(FuzzedDaemon(budget.planted))
         self.daemon.start()
         self.daemon.populate()
         self.tcp = self.daemon.tcp_address()
-        self.canary = Canary(self.daemon.socket, self.daemon.canary, CANARY_BYTES, budget.seed)
+        self.canary = Canary(self.daemon.socket, self.daemon.canary, CANARY_BYTES, first)
         uvloop.run(self.round([seed for seed in _WARM_UP if script_of(seed).kind is Kind.FRAMED], Outcome()))
         self._rested: Standing = self.daemon.rested()
         self._rest_s = _SHORT_REST_S if budget.stop_early else REST_S
@@ -50,7 +52,7 @@ class Target:
                 script = script_of(seed)
                 address: Address = self.tcp if script.is_tcp else str(self.daemon.socket)
                 if broken := await play(script, address):
-                    outcome.fail(seed, broken)
+                    outcome.fail(seed, broken, within=self._so_far(seeds))
                 outcome.add(script.kind.value)
                 outcome.add(script.ending.value)
 
@@ -61,16 +63,23 @@ class Target:
                     players.create_task(play_some())
             is_over.set()
         if broken := singing.result():
-            outcome.fail(seeds[0], f"{_among(seeds)}: {broken}")
+            self._fail(seeds, f"{_among(seeds)}: {broken}", outcome)
+
+    def _so_far(self, seeds: Sequence[int]) -> range:
+        return range(self.first, seeds[-1] + 1)
+
+    def _fail(self, seeds: Sequence[int], what: str, outcome: Outcome) -> None:
+        """Note what sessions broke together."""
+        outcome.fail(seeds[0], what, count=len(seeds), within=self._so_far(seeds))
 
     def look(self, seeds: Sequence[int], outcome: Outcome) -> None:
         """See whether the daemon is as it was."""
         if faults := self.daemon.new_faults():
-            outcome.fail(seeds[0], f"{_among(seeds)}: the daemon logged a mistake of its own:\n{faults}")
+            self._fail(seeds, f"{_among(seeds)}: the daemon logged a mistake of its own:\n{faults}", outcome)
         if not self.daemon.running:
-            outcome.fail(seeds[0], f"{_among(seeds)}: the daemon has ended\n{self.daemon.log_tail()}")
+            self._fail(seeds, f"{_among(seeds)}: the daemon has ended\n{self.daemon.log_tail()}", outcome)
         elif more := self.daemon.await_rest(self._rested, self._rest_s):
-            outcome.fail(seeds[0], f"{_among(seeds)}: the daemon holds more than before: {more}")
+            self._fail(seeds, f"{_among(seeds)}: the daemon holds more than before: {more}", outcome)
 
     def finish(self, seeds: Sequence[int], outcome: Outcome) -> None:
         """Stop the daemon in order, and prove its pool."""
@@ -80,11 +89,11 @@ class Target:
             self.daemon.stop()
             self.daemon.check()
         except ServerFailed as error:
-            outcome.fail(seeds[0], f"after {_among(seeds)}, and others before them: {error}")
+            self._fail(self._so_far(seeds), f"after {_among(seeds)}, and others before them: {error}", outcome)
 
 
 def _among(seeds: Sequence[int]) -> str:
-    return f"sessions {seeds[0]} to {seeds[-1]} (--count {len(seeds)})"
+    return f"sessions {seeds[0]} to {seeds[-1]}"
 
 
 def run(budget: Budget) -> Outcome:
@@ -96,7 +105,7 @@ def run(budget: Budget) -> Outcome:
     with ExitStack() as stack:
         while more := list(islice(seeds, ROUND)):
             batch, broken = more, len(outcome.failures)
-            target = target or Target(budget, stack)
+            target = target or Target(budget, stack, more[0])
             uvloop.run(target.round(batch, outcome))
             target.look(batch, outcome)
             outcome.add("looks at the daemon")

@@ -157,7 +157,7 @@ class Clients:
     async def _slow_write(self, volume: Volume, handle: Any, write: Write, cells: range) -> None:
         fua = self.dice.random() < 0.1
         data = memoryview(packed(write.stamp) * len(cells))
-        with only_what_needs_space(handle, cells):
+        with only_what_needs_space(handle, cells, is_awaited=True):
             await self._one(volume, write, handle.write(cells.start * CELL, data, fua=fua), fua=fua)
 
     async def zero(self, volume: Volume) -> None:

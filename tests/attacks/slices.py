@@ -52,10 +52,12 @@ class Slice:
         except Exception as error:
             traceback.print_exc()
             outcome = Outcome()
-            outcome.fail(self.seed, f"the attack from this seed on has failed itself: {error!r}")
+            problem = f"the attack from this seed on has failed itself: {error!r}"
+            outcome.fail(self.seed, problem, count=self.count)
         for failure in outcome.failures:
             say(f"BROKEN {self.attack}: {failure.what}")
-            say(f"  again: python -m tests.attacks {self.attack} --seed {failure.seed} --count 1")
+            for line in failure.again(self.attack):
+                say(f"  {line}")
         return Done(outcome, time.monotonic() - began_s)
 
 
@@ -135,7 +137,7 @@ def in_a_process(work: Work) -> Done:
     if isinstance(work, BugSlice):
         return Done(missed=work.bugs)
     outcome = Outcome()
-    outcome.fail(work.seed, problem)
+    outcome.fail(work.seed, problem, count=work.count)
     return Done(outcome)
 
 

@@ -25,8 +25,8 @@ TURNS = 10  # slices of a prove's size that one attack gets before the next has 
 HEAD = """# Soak ledger
 
 Each row is a part of a soak: `python -m tests.attacks.soak` goes on with the seeds that are left and adds its own. The
-seeds of a row with broken promises are left until a later row has them without. A trial is replayed with
-`python -m tests.attacks ATTACK --seed SEED --count 1`.
+seeds of a row with broken promises are left until a later row has them without. What replays a broken promise is
+printed where it is found.
 
 | day | commit | attack | from seed | trials | broken promises | seconds | figures |
 |---|---|---|---:|---:|---:|---:|---|

@@ -1,13 +1,19 @@
 """Bugs for the attack "full": what goes wrong where there is no space."""
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
 import pytest
 
 from blockvirt.errors import PoolFull
+from blockvirt.lun.address import ADDRESS_MASK
 from blockvirt.pool.backing import BackingFile
+from blockvirt.snapshots.importing import SnapshotImports
+from blockvirt.snapshots.schedules import Schedules
 from blockvirt.syscalls import allocate
-from blockvirt.volumes import checkpoint, journal_opening
+from blockvirt.volumes import checkpoint, journal, journal_opening
+from blockvirt.volumes.catalogue import Catalogue, Deletion
+from blockvirt.volumes.journal_opening import open_journal
 from blockvirt.volumes.storage import PoolStorage
 from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug, replacing
@@ -66,6 +72,71 @@ def _refuse_checkpoints(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint, "checkpoint", refusing)
 
 
+def _lose_fresh(self: Volume, chunk: int, count: int, entry: int) -> None:
+    """Forget of what was just written that the head alone has it: every overwrite takes another chunk."""
+    _STAGE(self, chunk, count, entry & ADDRESS_MASK)
+
+
+_STAGE = Volume.stage
+
+
+def _ask_for_room_to_delete(patch: pytest.MonkeyPatch) -> None:
+    """Refuse to delete volumes where no chunk could be given."""
+    real = Catalogue.delete
+
+    async def wrong(self: Catalogue, name_or_id: str, **options: Any) -> Deletion:
+        storage = cast("PoolStorage", self._space)
+        for device_id in storage.paths():
+            storage.admit(device_id, self._chunk_bytes)
+        return await real(self, name_or_id, **options)
+
+    patch.setattr(Catalogue, "delete", wrong)
+
+
+def _leave_half_a_journal(patch: pytest.MonkeyPatch) -> None:
+    """Forget what is there of a journal that could not be made."""
+    patch.setattr(journal, "unlink_files", lambda paths: None)
+
+
+def _stop_for_want_of_a_journal(patch: pytest.MonkeyPatch) -> None:
+    """Take a disk on which no journal can be made for one that has failed."""
+
+    async def wrong(volume: Volume) -> None:
+        try:
+            await open_journal(volume)
+        except PoolFull as error:
+            raise volume.stop("no journal can be made", error) from error
+
+    patch.setattr("blockvirt.volumes.slow_path.open_journal", wrong)
+
+
+def _answer_what_was_refused(patch: pytest.MonkeyPatch) -> None:
+    """Say that a schedule is deleted, whether it is or not."""
+    real = Schedules.delete
+
+    async def wrong(self: Schedules, name_or_id: str, **options: Any) -> None:
+        with suppress(PoolFull):
+            await real(self, name_or_id, **options)
+
+    patch.setattr(Schedules, "delete", wrong)
+
+
+def _stay_at_work(patch: pytest.MonkeyPatch) -> None:
+    """Never forget that an import is at work on a volume: nobody takes back what it has left."""
+
+    class Stubborn(set[str]):
+        def discard(self, each: object) -> None:
+            pass
+
+    real = SnapshotImports.__init__
+
+    def wrong(self: SnapshotImports, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        self.running = Stubborn()
+
+    patch.setattr(SnapshotImports, "__init__", wrong)
+
+
 BUGS: tuple[Bug, ...] = (
     Bug(
         "count-space-before-it-is-there",
@@ -122,5 +193,53 @@ BUGS: tuple[Bug, ...] = (
         "full",
         _refuse_checkpoints,
         seed=7,
+    ),
+    Bug(
+        "deletions-ask-for-room",
+        "a volume is deleted only where there is room for a chunk",
+        ("I10",),
+        "full",
+        _ask_for_room_to_delete,
+        seed=0,
+    ),
+    Bug(
+        "half-a-journal-stays",
+        "what there is of a journal that could not be made stays",
+        ("I10",),
+        "full",
+        _leave_half_a_journal,
+        seed=9,
+    ),
+    Bug(
+        "no-journal-no-volume",
+        "a volume stops where there is no room for its journal",
+        ("I10",),
+        "full",
+        _stop_for_want_of_a_journal,
+        seed=9,
+    ),
+    Bug(
+        "a-refused-deletion-is-answered",
+        "a schedule is said to be deleted though the metadata had no room for that",
+        ("I10",),
+        "full",
+        _answer_what_was_refused,
+        seed=126,
+    ),
+    Bug(
+        "an-import-stays-at-work",
+        "an import that was refused counts as at work for ever",
+        ("I10",),
+        "full",
+        _stay_at_work,
+        seed=133,
+    ),
+    Bug(
+        "fresh-lost",
+        "the FRESH flag of what was just written is lost: it is overwritten at another address",
+        ("I10",),
+        "full",
+        replacing(Volume, "stage", _lose_fresh),
+        seed=1,
     ),
 )

@@ -5,22 +5,27 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
 from blockvirt.lun.address import ADDRESS_MASK, FRESH, chunk_of, file_of
-from blockvirt.meta.records import BranchRecord, FileRecord
 from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes import checkpoint, commit, flush, journal, recovery
-from blockvirt.volumes.context import VolumeContext
-from blockvirt.volumes.journal import FoundJournal, Journal
-from blockvirt.volumes.journal_frames import Frame, Kind
+from blockvirt.volumes.journal import Journal
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import InPlace
 from blockvirt.volumes.slow_path import SlowPath
+from blockvirt.volumes.tail import Tail
 from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug, replacing
+from tests.attacks.planted.simulation_data import (
+    bring_home_always,
+    data_is_forgotten,
+    embedded_is_synced,
+    never_void,
+)
 
 _QUICK = 30
 
@@ -120,6 +125,33 @@ def _hand_out_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Volume, "_dropped", wrong)
 
 
+def _free_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """Have the allocator take what the next commit is to free."""
+    dropped, take = Volume._dropped, Tail.take
+    volumes: WeakKeyDictionary[Tail, Volume] = WeakKeyDictionary()
+
+    def noted(self: Volume, chunk: int, old: int) -> None:
+        dropped(self, chunk, old)
+        volumes[self.tail] = self
+
+    def wrong(self: Tail, count: int) -> tuple[BackingFile, int]:
+        volume = volumes.get(self)
+        if count > 1 or volume is None or not volume.freed:
+            return take(self, count)
+        address = volume.freed.pop()
+        file = volume.files.get(file_of(address))
+        volume.context.storage.mapped(file.device_id, file.number, -1)
+        return file, address
+
+    patch.setattr(Volume, "_dropped", noted)
+    patch.setattr(Tail, "take", wrong)
+
+
+def _lose_fresh(patch: pytest.MonkeyPatch) -> None:
+    stage = Volume.stage
+    patch.setattr(Volume, "stage", lambda self, chunk, count, entry: stage(self, chunk, count, entry & ADDRESS_MASK))
+
+
 def _ignore_stops(patch: pytest.MonkeyPatch) -> None:
     async def note_nothing(self: Volume) -> None:
         pass
@@ -185,63 +217,6 @@ def _sync_no_directory(patch: pytest.MonkeyPatch) -> None:
 
 def _free_what_snapshots_see(_: Any, change: Any) -> list[int]:
     return [address for _, address in change.dropped]
-
-
-def _embedded_is_synced(patch: pytest.MonkeyPatch) -> None:
-    embed = flush._embed
-
-    def wrong(volume: Volume, journal: Journal, upto: int, changes: list[flush.Changes]) -> bool:
-        done = embed(volume, journal, upto, changes)
-        for file, _ in changes if done else ():
-            file.unsynced_bytes = 0
-        return done
-
-    patch.setattr(flush, "_embed", wrong)
-
-
-def _never_void(branch: BranchRecord, found: FoundJournal) -> list[Frame]:
-    return [frame for frame in recovery._oldest_frames(branch, found) if frame.kind is Kind.DATA]
-
-
-def _bring_home_always(patch: pytest.MonkeyPatch) -> None:
-    replay = recovery._replay
-
-    def wrong(
-        context: VolumeContext, branch: BranchRecord, records: list[FileRecord], frames: list[Frame]
-    ) -> recovery.Replay:
-        done = replay(context, branch, records, frames)
-        if (found := _found(context, branch)) is not None:
-            for number, position, data in (
-                part for frame in recovery._embedded(branch, found) for part in frame.data()
-            ):
-                path = backing.backing_path(
-                    context.storage.path_of(next(each.device_id for each in records if each.number == number)),
-                    branch.number,
-                    number,
-                )
-                with path.open("r+b", buffering=0) as file:
-                    os.pwrite(file.fileno(), data, position)
-        return done
-
-    patch.setattr(recovery, "_replay", wrong)
-
-
-def _found(context: VolumeContext, branch: BranchRecord) -> FoundJournal | None:
-    for device_id, folder in context.storage.paths().items():
-        if (found := journal.read_journal(folder, device_id, branch.number)) is not None:
-            return found
-    return None
-
-
-def _data_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    embed = Journal.embed
-
-    def wrong(self: Journal, upto: int, parts: list[tuple[int, int, bytes]]) -> bool:
-        done = embed(self, upto, parts)
-        self.holds_data = False
-        return done
-
-    patch.setattr(Journal, "embed", wrong)
 
 
 def _size_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
@@ -312,6 +287,14 @@ BUGS: tuple[Bug, ...] = (
         _hand_out_again,
         100,
     ),
+    _bug(
+        "sim-free-before-commit",
+        "the allocator has chunks as free before the transaction that unmaps them is committed",
+        ("I1", "I2", "I3"),
+        _free_before_commit,
+        100,
+    ),
+    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), _lose_fresh, 400),
     _bug("sim-stop-note-ignored", "recovery ignores that the volume had stopped", ("I7",), _ignore_stops, 400),
     _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 30),
     _bug(
@@ -358,28 +341,28 @@ BUGS: tuple[Bug, ...] = (
         "sim-embedded-counts-as-synced",
         "a mark without data speaks for files whose data went into the journal only",
         ("I1", "I3"),
-        _embedded_is_synced,
+        embedded_is_synced,
         400,
     ),
     _bug(
         "sim-data-never-void",
         "recovery writes older data of the journal over what was synced at home since",
         ("I3",),
-        replacing(recovery, "_embedded", _never_void),
+        replacing(recovery, "_embedded", never_void),
         400,
     ),
     _bug(
         "sim-data-after-sigkill",
         "recovery writes data of the journal over newer writes where the page cache is whole",
         ("I3b",),
-        _bring_home_always,
+        bring_home_always,
         400,
     ),
     _bug(
         "sim-data-forgotten",
         "a flush syncs at home alone although the journal has older data",
         ("I3",),
-        _data_is_forgotten,
+        data_is_forgotten,
         400,
     ),
     _bug(
