@@ -134,7 +134,10 @@ class Journal:
         fds: list[int] = []
         try:
             for path in paths:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                if path.exists():  # it could not be removed; emptied instead, it would look cut beside the other
+                    path.unlink()
+            for path in paths:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 fds.append(fd)
             for fd, content in ((fds[1], bytes(file_bytes)), (fds[0], block.ljust(file_bytes, b"\0"))):
                 _write_whole(fd, content)

@@ -349,14 +349,14 @@ BUGS: tuple[Bug, ...] = (
         "recovery writes older data of the journal over what was synced at home since",
         ("I3",),
         replacing(recovery, "_embedded", never_void),
-        400,
+        1_500,
     ),
     _bug(
         "sim-data-after-sigkill",
         "recovery writes data of the journal over newer writes where the page cache is whole",
         ("I3b",),
         bring_home_always,
-        400,
+        1_000,
     ),
     _bug(
         "sim-data-forgotten",
