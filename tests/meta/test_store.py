@@ -282,7 +282,12 @@ async def test_a_large_value_that_shrinks_in_its_transaction_leaves_sound_pages(
         store.commit_now(lambda writer: [putting(size)(writer) for size in sizes])
     else:  # they come while the thread is busy: one group
         is_busy, may_go_on = threading.Event(), threading.Event()
-        busy = asyncio.ensure_future(store.commit(lambda _: (is_busy.set(), may_go_on.wait(10))))
+
+        def keep_busy(_: Writer) -> None:
+            is_busy.set()
+            may_go_on.wait(10)
+
+        busy = asyncio.ensure_future(store.commit(keep_busy))
         await asyncio.to_thread(is_busy.wait, 10)
         commits = store.commits
         waiting = [asyncio.ensure_future(store.commit(putting(size))) for size in sizes]

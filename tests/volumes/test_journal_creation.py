@@ -53,7 +53,7 @@ def test_a_kill_while_a_pair_is_made_anew_leaves_nothing_that_looks_cut(
     branch = BranchRecord(1, "volume", 1)
     header = JournalHeader("pool", 1)
     Journal.create(tmp_path, header, branch).close(remove=False)
-    left = 0  # calls before the kill
+    left, calls = 0, 0  # before the kill, and in all
     names = ("open", "unlink", "ftruncate", "pwrite", "fdatasync", "fsync")
 
     class Killed(BaseException):
