@@ -294,9 +294,9 @@ BUGS: tuple[Bug, ...] = (
         _free_before_commit,
         100,
     ),
-    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), _lose_fresh, 400),
+    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), _lose_fresh, 1_500),
     _bug("sim-stop-note-ignored", "recovery ignores that the volume had stopped", ("I7",), _ignore_stops, 400),
-    _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 30),
+    _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 120),
     _bug(
         "sim-generation-reused",
         "the journal's next generation overwrites the one that no commit covers yet",
@@ -316,8 +316,7 @@ BUGS: tuple[Bug, ...] = (
         "a mark names the newest frame, also where that came after the sync of the data had begun",
         ("I1", "I3"),
         _mark_the_newest,
-        100,
-        seed=800,  # a narrow window: one history in hundreds has it
+        3_000,  # a narrow window: one history in 500 has it
     ),
     _bug(
         "sim-count-before-write",
@@ -326,7 +325,7 @@ BUGS: tuple[Bug, ...] = (
         replacing(BackingFile, "write", _count_before),
         1_500,
     ),
-    _bug("sim-sync-tried-again", "a failed sync is tried again", ("I7",), _sync_twice, 400),
+    _bug("sim-sync-tried-again", "a failed sync is tried again", ("I7",), _sync_twice, 1_000),
     _bug(
         "sim-directory-not-synced", "new files are not made durable in their directory", ("I3",), _sync_no_directory, 30
     ),
@@ -349,14 +348,14 @@ BUGS: tuple[Bug, ...] = (
         "recovery writes older data of the journal over what was synced at home since",
         ("I3",),
         replacing(recovery, "_embedded", never_void),
-        1_500,
+        3_000,
     ),
     _bug(
         "sim-data-after-sigkill",
         "recovery writes data of the journal over newer writes where the page cache is whole",
         ("I3b",),
         bring_home_always,
-        1_000,
+        2_500,
     ),
     _bug(
         "sim-data-forgotten",
