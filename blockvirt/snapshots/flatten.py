@@ -9,6 +9,7 @@ origin for themselves (``BranchRecord.pins``).
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("blockvirt.flatten")
 T = TypeVar("T")
 
+_MARK_BYTES = 8
 FLATTEN = "flatten"
 
 
@@ -297,7 +299,8 @@ def _let_go(writer: Writer, number: int) -> bool:
     origins = [(branch.origin_branch, branch.origin_epoch), *branch.pins]
     for epoch, who in points_of(writer, number):
         if isinstance(who, str):
-            writer.put(Table.SEALS, pair_key(number, epoch), b"")  # the copies that it sees now have no checksums yet
+            # The copies that it sees now have no checksums yet. Whoever is at work on the row sees that there is more.
+            writer.put(Table.SEALS, pair_key(number, epoch), secrets.token_bytes(_MARK_BYTES))
         else:
             child = branch_record(writer, who)
             new = tuple(origin for origin in origins if origin not in child.pins)

@@ -105,7 +105,7 @@ class Sealer:
         return ""
 
     async def _seal(self, branch: int, epoch: int) -> None:
-        leaves = await self._context.threads.run(partial(self._leaves, branch, epoch))
+        mark, leaves = await self._context.threads.run(partial(self._leaves, branch, epoch))
         while leaves:
             look = partial(self._unsealed, branch, epoch, leaves)
             looked, addresses, lacking = await self._context.threads.run(look)
@@ -123,13 +123,14 @@ class Sealer:
                 # Longer where it took longer: what is slow now is what guests wait for.
                 await asyncio.sleep(SEAL_REST_RATIO * (time.monotonic() - began_s))
             await asyncio.sleep(SEAL_PAUSE_S)
-        await self._store.commit(lambda writer: writer.delete(Table.SEALS, pair_key(branch, epoch)))
+        await self._store.commit(partial(_forget, branch, epoch, mark))
 
-    def _leaves(self, branch: int, epoch: int) -> list[int]:
-        """Return the leaves that changed between the point before and the snapshot. Blocks."""
+    def _leaves(self, branch: int, epoch: int) -> tuple[bytes | None, list[int]]:
+        """Return what the row says, and the leaves that changed between the point before and the snapshot. Blocks."""
         with self._store.read() as reader:
+            mark = reader.get(Table.SEALS, pair_key(branch, epoch))
             before = previous_point(reader, branch, epoch)
-            return sorted({leaf for _, leaf, _ in born_between(reader, branch, before + 1, epoch)})
+            return mark, sorted({leaf for _, leaf, _ in born_between(reader, branch, before + 1, epoch)})
 
     def _unsealed(self, branch: int, epoch: int, leaves: Sequence[int]) -> tuple[int, list[int], str]:
         """Return what a snapshot sees in the first of ``leaves`` and has no checksum: how many leaves, the addresses.
@@ -195,3 +196,10 @@ def _put(branch: int, epoch: int, checksums: dict[int, int], writer: Writer) -> 
         return False
     put_checksums(writer, checksums)
     return True
+
+
+def _forget(branch: int, epoch: int, mark: bytes | None, writer: Writer) -> None:
+    """Remove a row that is done, unless a flatten has put it anew since ``mark`` was read: there is more to do then."""
+    key = pair_key(branch, epoch)
+    if writer.get(Table.SEALS, key) == mark:
+        writer.delete(Table.SEALS, key)

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from blockvirt.meta.store import Reader, Writer
 from blockvirt.meta.verify import verify_records
 from blockvirt.snapshots import flatten
 from blockvirt.snapshots.reader import SnapshotHandle
+from blockvirt.snapshots.sealing import Sealer
 from blockvirt.volumes.checksums import find_checksum
 from blockvirt.volumes.job_states import Action
 from blockvirt.volumes.opened import OpenVolume
@@ -339,10 +341,27 @@ async def test_older_versions_are_looked_through_off_the_event_loop(
     assert loop_thread not in threads
 
 
-async def test_copies_that_snapshots_see_get_checksums_too(family: Family) -> None:
+@pytest.mark.parametrize("is_at_work", [True, False])
+async def test_copies_that_snapshots_see_get_checksums_too(
+    family: Family, monkeypatch: pytest.MonkeyPatch, is_at_work: bool
+) -> None:
+    """Also where the sealer is at work on that very snapshot, and has looked already at what there is to be sealed."""
+    has_looked, may_go_on, leaves = threading.Event(), threading.Event(), Sealer._leaves
+
+    def slowly(self: Sealer, branch: int, epoch: int) -> Any:
+        found = leaves(self, branch, epoch)
+        if is_at_work and branch != family.golden.branch:
+            has_looked.set()
+            may_go_on.wait(10)
+        return found
+
     await family.clone(family.golden, "clone")
+    monkeypatch.setattr(Sealer, "_leaves", slowly)
     await family.snapshot("clone", "a")
+    if is_at_work:
+        await asyncio.to_thread(has_looked.wait, 10)
     await family.flatten("clone")
+    may_go_on.set()
 
     def sealed() -> bool:
         with family.pool.engine.store.read() as reader:
