@@ -37,7 +37,7 @@ _OF_GUESTS: Mapping[str, int] = {
     "volumes.tail.BranchFiles.create.change": 3,
     "volumes.checkpoint._commit.write": 6,
     "snapshots.sealing._put": 1,
-    "snapshots.sealing.Sealer._seal": 1,
+    "snapshots.sealing._forget": 1,
     "volumes.recovery._commit.change": 2,
     "snapshots.catalogue.Snapshots._delete": 1,
     "volumes.jobs.JobBoard._commit_move.change": 4,
