@@ -9,7 +9,6 @@ origin for themselves (``BranchRecord.pins``).
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
@@ -32,7 +31,7 @@ from blockvirt.meta.keys import (
     pair_key,
     split_leaf,
 )
-from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, seal
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, new_mark, seal
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.tasks import TaskSet
@@ -60,7 +59,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("blockvirt.flatten")
 T = TypeVar("T")
 
-_MARK_BYTES = 8
 FLATTEN = "flatten"
 
 
@@ -299,8 +297,8 @@ def _let_go(writer: Writer, number: int) -> bool:
     origins = [(branch.origin_branch, branch.origin_epoch), *branch.pins]
     for epoch, who in points_of(writer, number):
         if isinstance(who, str):
-            # The copies that it sees now have no checksums yet. Whoever is at work on the row sees that there is more.
-            writer.put(Table.SEALS, pair_key(number, epoch), secrets.token_bytes(_MARK_BYTES))
+            # The copies that it sees now have no checksums yet.
+            writer.put(Table.SEALS, pair_key(number, epoch), new_mark())
         else:
             child = branch_record(writer, who)
             new = tuple(origin for origin in origins if origin not in child.pins)

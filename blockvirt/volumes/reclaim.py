@@ -9,7 +9,6 @@ then its hold on its origin, which may be next.
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.ids import new_id
 from blockvirt.limits import PUNCH_COUNT_ROWS, RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS, RECLAIM_BATCH_VERSIONS
 from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, split_pair, volume_branch_key
-from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, punch_count
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, new_mark, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path, unlink_files
 from blockvirt.units import format_size
@@ -32,8 +31,6 @@ from blockvirt.volumes.punch import Puncher
 from blockvirt.volumes.versions import free_gap, is_pinned, next_point, previous_point, release
 
 log = logging.getLogger("blockvirt.reclaim")
-
-_MARK_BYTES = 8
 
 RECLAIM = "reclaim"
 PURGE = "purge"
@@ -77,7 +74,7 @@ def leave_behind(writer: Writer, branch: BranchRecord, head_epoch: int) -> bool:
 
 def _note(writer: Writer, branch: int, epoch: int) -> None:
     """Put a row of what is to be freed, with a value that it never had: who works on it sees that there is more."""
-    writer.put(Table.RECLAIM, pair_key(branch, epoch), secrets.token_bytes(_MARK_BYTES))
+    writer.put(Table.RECLAIM, pair_key(branch, epoch), new_mark())
 
 
 def adopt_rows(writer: Writer) -> None:

@@ -32,12 +32,13 @@ class Failure:
 
     def again(self, attack: str) -> list[str]:
         """Return what brings it again: the fewest trials first, then those that leave nothing out."""
-        ways = [range(self.seed, self.seed + self.count), self.within]
-        lines = ("again: ", "or, if what its daemon did before or beside that matters: ")
+        fewest = range(self.seed, self.seed + self.count)
+        ways = {"again: ": fewest}
+        if self.within is not None and self.within != fewest:
+            ways["or, if what its daemon did before or beside that matters: "] = self.within
         return [
             f"{line}python -m tests.attacks {attack} --seed {seeds.start} --count {len(seeds)}"
-            for line, seeds in zip(lines, ways, strict=True)
-            if seeds is not None and (seeds is ways[0] or seeds != ways[0])
+            for line, seeds in ways.items()
         ]
 
 
@@ -66,7 +67,7 @@ class Outcome:
         """The figures in words. What was looked for and "found" is told together: "files cut short found: 7 of 7"."""
         words = []
         for name, value in self.figures.items():
-            if name.removesuffix(" found") != name and name.removesuffix(" found") in self.figures:
+            if name.endswith(" found") and name.removesuffix(" found") in self.figures:
                 continue
             found = f"{name} found"
             words.append(

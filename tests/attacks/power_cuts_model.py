@@ -53,8 +53,8 @@ def _is_torn(held: bytes, sector: int, allowed: Sequence[int]) -> bool:
     """Tell whether a sector has parts of several contents that it may have, each in its place.
 
     Linux does not hold a page still while it writes it back, unless the device asks for that (``stable_writes``): where
-    a sector is written again meanwhile, the disk may take a part of each. Two threads that write and sync one file do
-    it to one sector in a thousand, with nothing of ours.
+    a sector is written again meanwhile, the disk may take a part of each. Two threads that write and sync one file
+    have one such sector in 900 logged on XFS, and one in 4,700 on ext4, with nothing of ours.
     """
     stamps = {(number, sector if number else 0) for number in allowed if number >= 0}
     return all(stamp in stamps for stamp in _STAMP.iter_unpack(held))

@@ -159,9 +159,9 @@ def summary(attack: Attack, rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def figures_of(rows: Sequence[Row]) -> "Counter[str]":
-    """Return what the rows of an attack have counted, together."""
+    """Return what the rows of an attack have counted, together; without those whose seeds are tried again."""
     figures = Counter[str]()
-    for row in rows:
+    for row in (row for row in rows if not row.broken):
         for figure in row.figures.split(", ") if row.figures else []:
             name, _, value = figure.rpartition(": ")
             figures[name] += int(value)

@@ -47,7 +47,9 @@ def test_parts_go_on_where_the_ledger_ends_and_no_seed_comes_twice() -> None:
     mended = [*rows, *rows_of([(again, done(again))], "2026-01-03", "abc1235")]
     assert not list(next_slices(attacks, mended)), "all is done"
     assert open_failures(mended, attacks[1]) == 0
-    assert summary(attacks[1], mended)[1:3] == ("10 of 10 trials from seed 1", "0 broken, 1 mended")
+    told = summary(attacks[1], mended)
+    assert told[1:3] == ("10 of 10 trials from seed 1", "0 broken, 1 mended")
+    assert told[3].endswith("  kills: 20"), "what was tried again counts once"
 
 
 def test_a_part_that_ended_early_is_gone_on_with() -> None:

@@ -72,12 +72,10 @@ def _refuse_checkpoints(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint, "checkpoint", refusing)
 
 
-def _lose_fresh(self: Volume, chunk: int, count: int, entry: int) -> None:
+def lose_fresh(patch: pytest.MonkeyPatch) -> None:
     """Forget of what was just written that the head alone has it: every overwrite takes another chunk."""
-    _STAGE(self, chunk, count, entry & ADDRESS_MASK)
-
-
-_STAGE = Volume.stage
+    stage = Volume.stage
+    patch.setattr(Volume, "stage", lambda self, chunk, count, entry: stage(self, chunk, count, entry & ADDRESS_MASK))
 
 
 def _ask_for_room_to_delete(patch: pytest.MonkeyPatch) -> None:
@@ -239,7 +237,7 @@ BUGS: tuple[Bug, ...] = (
         "the FRESH flag of what was just written is lost: it is overwritten at another address",
         ("I10",),
         "full",
-        replacing(Volume, "stage", _lose_fresh),
+        lose_fresh,
         seed=1,
     ),
 )

@@ -20,6 +20,7 @@ from blockvirt.volumes.slow_path import SlowPath
 from blockvirt.volumes.tail import Tail
 from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug, replacing
+from tests.attacks.planted.full import lose_fresh
 from tests.attacks.planted.simulation_data import (
     bring_home_always,
     data_is_forgotten,
@@ -145,11 +146,6 @@ def _free_before_commit(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Volume, "_dropped", noted)
     patch.setattr(Tail, "take", wrong)
-
-
-def _lose_fresh(patch: pytest.MonkeyPatch) -> None:
-    stage = Volume.stage
-    patch.setattr(Volume, "stage", lambda self, chunk, count, entry: stage(self, chunk, count, entry & ADDRESS_MASK))
 
 
 def _ignore_stops(patch: pytest.MonkeyPatch) -> None:
@@ -294,7 +290,7 @@ BUGS: tuple[Bug, ...] = (
         _free_before_commit,
         100,
     ),
-    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), _lose_fresh, 1_500),
+    _bug("sim-fresh-lost", "what is written to a new chunk has its FRESH flag lost", ("I10",), lose_fresh, 1_500),
     _bug("sim-stop-note-ignored", "recovery ignores that the volume had stopped", ("I7",), _ignore_stops, 400),
     _bug("sim-last-slot", "a trim leaves the last chunk of a leaf", ("I4", "I8"), _unmap_but_the_last, 120),
     _bug(
