@@ -1,11 +1,14 @@
 /*
  * The floor of the speed report: an NBD server that does nothing but NBD.
  *
- *     floor SOCKET SIZE_BYTES
+ *     floor SOCKET SIZE_BYTES [FILE]
  *
  * It serves plain memory on a unix socket, one thread per connection. All complete requests of the receive buffer are
  * answered in one pass and their replies leave by one writev, as in the daemon it is compared with. There is no map,
  * no file and no promise: what it costs is what the protocol, the socket and one copy of the data cost in C.
+ *
+ * With a FILE of that size it keeps the one promise that a flush makes: writes are pwrites to it, and a flush is an
+ * fdatasync in the thread that received it. Whoever sits behind a socket and syncs a file takes as long, or longer.
  *
  * It knows what fio's nbd engine asks for. A client that asks for anything else, or beyond the end, is hung up on.
  * Section names in the comments are those of the NBD protocol document.
@@ -13,6 +16,7 @@
 #define _GNU_SOURCE
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
@@ -61,6 +65,7 @@ _Static_assert(2 * BATCH_MAX <= IOV_MAX, "a batch must fit one writev");
 
 static char *memory;
 static uint64_t memory_bytes;
+static int file = -1;
 
 struct connection {
     int socket;
@@ -164,6 +169,12 @@ static void add_read_reply(struct connection *connection, uint64_t cookie, uint6
     add_vector(connection, memory + offset, length);
 }
 
+static bool store(const char *data, size_t length, uint64_t offset) {
+    if (file >= 0) return pwrite(file, data, length, offset) == (ssize_t)length;
+    memcpy(memory + offset, data, length);
+    return true;
+}
+
 enum outcome { ANSWERED, INCOMPLETE, HANG_UP };
 
 /* The request at the beginning of the buffer, if all of it is there. */
@@ -182,9 +193,10 @@ static enum outcome answer(struct connection *connection) {
     if (type == CMD_READ) {
         add_read_reply(connection, request.cookie, offset, length);
     } else if (type == CMD_WRITE) {
-        memcpy(memory + offset, connection->buffer + connection->begin + sizeof request, length);
+        if (!store(connection->buffer + connection->begin + sizeof request, length, offset)) return HANG_UP;
         add_simple_reply(connection, request.cookie);
     } else if (type == CMD_FLUSH) {
+        if (file >= 0 && fdatasync(file)) return HANG_UP;
         add_simple_reply(connection, request.cookie);
     } else {
         return HANG_UP; /* CMD_DISC, and what we never advertised */
@@ -234,13 +246,18 @@ static void fail(const char *what) {
 
 int main(int count, char **arguments) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    if (count != 3 || strlen(arguments[1]) >= sizeof address.sun_path) {
-        fprintf(stderr, "usage: floor SOCKET SIZE_BYTES\n");
+    if (count < 3 || count > 4 || strlen(arguments[1]) >= sizeof address.sun_path) {
+        fprintf(stderr, "usage: floor SOCKET SIZE_BYTES [FILE]\n");
         return 2;
     }
     strcpy(address.sun_path, arguments[1]);
     memory_bytes = strtoull(arguments[2], NULL, 10);
-    memory = mmap(NULL, memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    if (count == 4) {
+        if ((file = open(arguments[3], O_RDWR)) < 0) fail(arguments[3]);
+        kind = MAP_SHARED; /* reads come from the page cache, which the pwrites go to */
+    }
+    memory = mmap(NULL, memory_bytes, PROT_READ | PROT_WRITE, kind, file, 0);
     if (memory == MAP_FAILED) fail("mmap");
     signal(SIGPIPE, SIG_IGN);
     int listener = socket(AF_UNIX, SOCK_STREAM, 0);

@@ -31,12 +31,13 @@ class Role(StrEnum):
     QCOW2 = "best qcow2"  # in each figure the better of its servers
     PLAIN = "nbdkit file"  # no copy-on-write, no map
     FLOOR = "C floor"  # no storage either
+    FILE_FLOOR = "C over a file"  # the floor with a file under it, that a flush syncs
     BARE = "bare file"  # no server either
 
 
 PEERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN})
 WITH_FLOOR = PEERS | {Role.FLOOR}
-WITH_BARE = PEERS | {Role.BARE}
+WITH_BARE = PEERS | {Role.FILE_FLOOR, Role.BARE}
 WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
 
 
@@ -121,6 +122,12 @@ def _random(
     return _cell(name, f"4 KiB {title}", state, f"bs=4k {options}", share=share, roles=roles)
 
 
+def _connections(name: str, number: int, depth: int) -> Cell:
+    kind = name.partition("-")[0]
+    options = f"rw=rand{kind} iodepth={depth} numjobs={number}"
+    return _random(name, f"random {kind}, {number} connections, QD{depth} each", options, roles=WITH_FLOOR)
+
+
 FRESH, FILLED = State.FRESH, State.FILLED
 
 FILL = _sequential("fill", "write", FRESH, "write", 1.0)
@@ -143,19 +150,21 @@ CELLS: tuple[Measurable, ...] = (
         share=SIXTEENTH,
         roles=WITH_SNAPSHOTS,
     ),
-    _random("read-1", "random read, QD1", "rw=randread iodepth=1"),
-    _random("write-1", "random write, QD1", "rw=randwrite iodepth=1"),
+    _random("read-1", "random read, QD1", "rw=randread iodepth=1", roles=WITH_FLOOR),
+    _random("write-1", "random write, QD1", "rw=randwrite iodepth=1", roles=WITH_FLOOR),
     _sequential("seq-read", "read", FILLED, "read"),
     _sequential("seq-again", "write, again", FILLED, "write"),
     _sequential("seq-fresh", "write, fresh", FRESH, "write", 1.0),
-    _cell("mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, "rw=randrw rwmixread=70 bs=16k iodepth=16"),
+    _cell(
+        "mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, "rw=randrw rwmixread=70 bs=16k iodepth=16", roles=WITH_FLOOR
+    ),
     _random("flush-1", "write + flush, QD1", FLUSHED, roles=WITH_BARE),
     _random("flush-fresh-1", "write + flush, fresh, QD1", FLUSHED, FRESH, roles=WITH_BARE),
-    _random("flush-16x1", "write + flush, 16 jobs", f"{FLUSHED} numjobs=16"),
-    _random("read-4x16", "random read, 4 connections, QD16 each", "rw=randread iodepth=16 numjobs=4"),
-    _random("write-4x16", "random write, 4 connections, QD16 each", "rw=randwrite iodepth=16 numjobs=4"),
-    _random("read-32x4", "random read, 32 connections, QD4 each", "rw=randread iodepth=4 numjobs=32"),
-    _random("write-32x4", "random write, 32 connections, QD4 each", "rw=randwrite iodepth=4 numjobs=32"),
+    _random("flush-16x1", "write + flush, 16 jobs", f"{FLUSHED} numjobs=16", roles=PEERS | {Role.FILE_FLOOR}),
+    _connections("read-4x16", 4, 16),
+    _connections("write-4x16", 4, 16),
+    _connections("read-32x4", 32, 4),
+    _connections("write-32x4", 32, 4),
     Copy("copy-out", "nbdcopy of a half-empty volume to null", State.COPIED),
     Copy("copy-in", "nbdcopy of a half-empty image into a fresh volume", FRESH),
 )

@@ -16,7 +16,7 @@ from benchmarks.measure import MeasurementFailed
 from benchmarks.report import machine, ratios, report
 from benchmarks.rounds import MIB, STRIPE_BYTES, Bench, Scale, say
 from benchmarks.servers import Blockvirt, NbdkitFile, QemuNbd, Server, ServerUnavailable
-from benchmarks.yardsticks import BareFile, Floor
+from benchmarks.yardsticks import BareFile, FileFloor, Floor
 
 # By the word for --servers, in the order of the report's columns.
 SERVERS: dict[str, Callable[[Path], Server]] = {
@@ -25,6 +25,7 @@ SERVERS: dict[str, Callable[[Path], Server]] = {
     "qcow2-threads": lambda directory: QemuNbd(directory, "threads"),
     "nbdkit": NbdkitFile,
     "floor": Floor,
+    "file-floor": FileFloor,
     "bare": BareFile,
 }
 QUICK = {"rounds": 1, "runtime": 0.5, "size": 256, "copy_size": 512}

@@ -1,4 +1,4 @@
-"""What no storage server can beat: an NBD server in C over plain memory, and writes to a file without any server."""
+"""What no storage server can beat: NBD servers in C that do next to nothing, and writes to a file with no server."""
 
 import shutil
 import subprocess
@@ -42,6 +42,22 @@ class Floor(Server):
             yield volume
 
 
+class FileFloor(Floor):
+    """The same over a sparse file: a write is one pwrite, a flush one fdatasync, with nothing between them and NBD."""
+
+    name = "C over a file"
+    role = Role.FILE_FLOOR
+
+    @contextmanager
+    def volume(self, size_bytes: int) -> Iterator[Volume]:
+        path = self.directory / f"{self.unused_name()}.sock"
+        with (
+            sparse_file(path.with_suffix(".image"), size_bytes) as image,
+            self.serving([str(self._program), str(path), str(size_bytes), str(image)], path) as volume,
+        ):
+            yield volume
+
+
 class LocalFile(Volume):
     """A file, for fio to write to itself; `uri` is its path."""
 
@@ -59,10 +75,16 @@ class BareFile(Server):
 
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
-        image = self.directory / self.unused_name()
-        with image.open("xb") as stream:
-            stream.truncate(size_bytes)
-        try:
+        with sparse_file(self.directory / self.unused_name(), size_bytes) as image:
             yield LocalFile(str(image), None)
-        finally:
-            image.unlink()
+
+
+@contextmanager
+def sparse_file(image: Path, size_bytes: int) -> Iterator[Path]:
+    """A new file that holds nothing yet, gone again after the block."""
+    with image.open("xb") as stream:
+        stream.truncate(size_bytes)
+    try:
+        yield image
+    finally:
+        image.unlink()
