@@ -140,7 +140,10 @@ class Rot:
             tables = self._parts[part]
             span = chance.choice(tables[chance.choice(sorted(tables))])
             found = self._flip(chance, Kind.METADATA, span)
-            if not self._looks_committed(found) and not self._looks_freed(span, found):
+            looks_sound = (
+                self._looks_committed(found) or self._looks_freed(span, found) or self._still_parts(span, found)
+            )
+            if not looks_sound:
                 return found
 
     def _looks_committed(self, damage: Damage) -> bool:
@@ -173,6 +176,18 @@ class Rot:
         place = since.index(old)
         before, after = [0, *since][place], [*since[1:], max(self._numbers(self._content))][place]
         return before < int.from_bytes(changed, "little") <= after
+
+    def _still_parts(self, span: Span, damage: Damage) -> bool:
+        """Tell whether a flip leaves a branch page's key where it leads every row to its page.
+
+        So does a key whose row was deleted: no check can tell.
+        """
+        if span.between is None or span.part is Part.FREE_LIST:
+            return False
+        at, content = damage.edits[0]
+        changed = bytearray(self._bytes(span))
+        changed[at - span.start] = content[0]
+        return span.between[0] < changed <= span.between[1]
 
     def _numbers(self, content: bytes) -> list[int]:
         return [int.from_bytes(content[start : start + 8], "little") for start in self._transactions()]

@@ -40,6 +40,8 @@ class Span:
     """Of a key or a value: the table's name."""
     key: bytes = b""
     """Of a value: its row's key."""
+    between: tuple[bytes, bytes] | None = None
+    """Of a branch page's key: the last key of the subtree before it, and the first of its own."""
 
 
 class DataFile:
@@ -86,7 +88,9 @@ class DataFile:
             low, high, node_flags, key_bytes = _NODE.unpack_from(self._content, node)
             yield Span(Part.NODE, node, 8, table)
             if key_bytes and (flags & _LEAF or number):  # LMDB never looks at a branch page's first key
-                yield Span(Part.FREE_LIST if is_free_list else Part.KEY, node + 8, key_bytes, table)
+                between = (self._edge(page, number - 1, -1), self._edge(page, number, 0)) if flags & _BRANCH else None
+                part = Part.FREE_LIST if is_free_list else Part.KEY
+                yield Span(part, node + 8, key_bytes, table, between=between)
             value = node + 8 + key_bytes
             if flags & _BRANCH:
                 yield from self._page(low | high << 16 | node_flags << 32, table, is_free_list=is_free_list)
@@ -98,6 +102,16 @@ class DataFile:
                 yield from self._tree(value, key.decode(), is_free_list=False)
             else:
                 yield from self._value(value, length, node_flags, Span(_part(is_free_list), 0, 0, table, key))
+
+    def _edge(self, page: int, number: int, place: int) -> bytes:
+        """Return the first (0) or last (-1) key on the leaves below a node of a page."""
+        base = page * self.page_bytes
+        flags, lower = struct.unpack_from("<HH", self._content, base + 10)
+        node = base + struct.unpack_from(f"<{(lower - 16) // 2}H", self._content, base + 16)[number]
+        low, high, top, key_bytes = _NODE.unpack_from(self._content, node)
+        if flags & _BRANCH:
+            return self._edge(low | high << 16 | top << 32, place, place)
+        return self._content[node + 8 : node + 8 + key_bytes]
 
     def _value(self, at: int, length: int, flags: int, like: Span) -> Iterator[Span]:
         if flags & _BIG:
