@@ -32,8 +32,8 @@ class Table(Enum):
     SNAPSHOTS = b"snapshots"  # snapshot id -> SnapshotRecord
     SNAPSHOT_NAMES = b"snapshot-names"  # volume id/name -> snapshot id
     POINTS = b"points"  # (branch, epoch, who) -> nothing: what a branch must keep readable, beside its head
-    RECLAIM = b"reclaim"  # (branch, epoch) -> nothing: a point that went, what it alone saw is to be freed
-    SEALS = b"seals"  # (branch, epoch) -> nothing: a snapshot whose chunks have no checksums yet
+    RECLAIM = b"reclaim"  # (branch, epoch) -> nothing, or a mark: a point that went, what it alone saw is to be freed
+    SEALS = b"seals"  # (branch, epoch) -> nothing, or a mark: a snapshot whose chunks have no checksums yet
     CHECKSUMS = b"checksums"  # (file number, chunk number / 512) -> CRC-32C of sealed chunks
     JOBS = b"jobs"  # job id -> JobRecord
     SCHEDULES = b"schedules"  # schedule id -> ScheduleRecord
@@ -41,6 +41,11 @@ class Table(Enum):
     SCRUBS = b"scrubs"  # job id -> ScrubRecord
     TRASH = b"trash"  # volume id -> when it is purged
 
+
+MARKED = (Table.RECLAIM, Table.SEALS)
+"""Tables whose rows are empty, or hold a mark (``records.new_mark``)."""
+VALUELESS = (Table.BRANCH_FILES, Table.BORN, Table.VOLUME_UNITS, Table.VOLUME_BRANCHES, Table.POINTS, *MARKED)
+"""Tables whose rows say everything by their keys."""
 
 POOL_KEY = b"pool"
 

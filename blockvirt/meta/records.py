@@ -335,6 +335,11 @@ def new_mark() -> bytes:
     return secrets.token_bytes(_MARK_BYTES)
 
 
+def is_mark(value: bytes) -> bool:
+    """Tell whether a row's value can be what ``new_mark`` returned."""
+    return len(value) == _MARK_BYTES
+
+
 def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:
     """Return the payload of a sealed value; raises DamagedRecord if its checksum does not fit its key and bytes."""
     payload = stored[:-4]

@@ -14,7 +14,7 @@ from blockvirt.meta.datafile import DATA_FILE, structural_problems
 from blockvirt.meta.findings import Finding, corrupt
 from blockvirt.meta.store import Reader
 from blockvirt.meta.verify_map import DecodeLeaf
-from blockvirt.meta.verify_rows import Rows
+from blockvirt.meta.verify_rows import Rows, check_values
 
 
 def verify_pages(metadata_dir: Path) -> Iterator[Finding]:
@@ -53,3 +53,4 @@ def verify_records(reader: Reader, decode_leaf: DecodeLeaf) -> Iterator[Finding]
     yield from catalogue.check_jobs(rows)
     yield from catalogue.check_scrubs(rows)
     yield from catalogue.check_idempotency(rows)
+    yield from check_values(rows)

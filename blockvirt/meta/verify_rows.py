@@ -8,8 +8,8 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, InvalidName
 from blockvirt.ids import check_name
 from blockvirt.limits import MAX_LABEL_CHARS, MAX_LABELS
 from blockvirt.meta.findings import Finding, corrupt
-from blockvirt.meta.keys import Table, number_key, shown
-from blockvirt.meta.records import BranchRecord, PoolRecord, Record, VolumeRecord, decode
+from blockvirt.meta.keys import MARKED, VALUELESS, Table, number_key, shown
+from blockvirt.meta.records import BranchRecord, PoolRecord, Record, VolumeRecord, decode, is_mark
 from blockvirt.meta.store import Reader
 
 R = TypeVar("R", bound=Record)
@@ -51,6 +51,14 @@ class Rows:
         """Return what people call a volume; its id where its record is not to be had."""
         record = self.volumes.get(volume_id)
         return record.name if record is not None else volume_id
+
+
+def check_values(rows: Rows) -> Iterator[Finding]:
+    """Prove that rows which are only keys have no value, and a mark has its length."""
+    for table in VALUELESS:
+        for key, stored in rows.reader.scan(table):
+            if stored and not (table in MARKED and is_mark(stored)):
+                yield corrupt("bad-value", f"row {shown(key)} of {table.value.decode()}", "it has a value of its own")
 
 
 def names_lead_back(

@@ -1,7 +1,8 @@
 """The label of a device: which disk this is, and whose. One small JSON file in the device's directory.
 
 ``{"checksum": CRC-32C in hex, "device": UUID, "format": 1, "pool": UUID, "created_s": seconds}``; the checksum covers
-the canonical JSON of the other fields. Written once, atomically, after everything else of the device is in place.
+the canonical JSON of the other fields, and nothing but canonical JSON is a label. Written once, atomically, after
+everything else of the device is in place.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ def decode_label(content: bytes, path: Path) -> DeviceLabel:
     """Return the label in ``content``, which was read from ``path``; raises DeviceFault if it is damaged or newer."""
     try:
         fields: dict[str, Any] = json.loads(content)
+        as_written = _canonical(fields)
         checksum = fields.pop("checksum")
         intact = checksum == f"{crc32c(_canonical(fields)):08x}"
         version = fields["format"]
@@ -50,6 +52,8 @@ def decode_label(content: bytes, path: Path) -> DeviceLabel:
         raise _damaged(path, f"it is no label: {error}") from error
     if not intact:
         raise _damaged(path, "its checksum does not match")
+    if content.removesuffix(b"\n") != as_written:  # damage that leaves the same numbers: a last digit, white space
+        raise _damaged(path, "its bytes are not those of a label that says this")
     if not isinstance(version, int) or version > DEVICE_FORMAT:
         raise DeviceFault(
             f"{path} has device format {version}, this blockvirt knows {DEVICE_FORMAT}",

@@ -19,7 +19,7 @@ from blockvirt.meta.keys import (
     volume_branch_key,
     volume_unit_key,
 )
-from blockvirt.meta.records import DeviceRecord, encode, seal
+from blockvirt.meta.records import DeviceRecord, encode, new_mark, seal
 from blockvirt.meta.store import Store
 from blockvirt.meta.verify import verify_pages, verify_records
 from blockvirt.meta.verify_catalogue import JOB_STATES
@@ -262,7 +262,7 @@ PLANTED = [
     (puts_record(Table.SCRUBS, b"j8", SCRUB), {("wrong-key", "scrub j9")}),
     (schedule(id="c2"), {("wrong-key", "schedule daily")}),
     (puts(Table.LEAVES, b"short", b"x"), {("unknown-row", "leaf short")}),
-    (puts(Table.BORN, b"short", b"x"), {("unknown-row", "index of births, short")}),
+    (puts(Table.BORN, b"short", b""), {("unknown-row", "index of births, short")}),
     (puts(Table.POINTS, b"short", b""), {("unknown-row", "point short")}),
     (puts(Table.POINTS, ILLEGIBLE, b""), {("unknown-row", f"point {ILLEGIBLE.hex()}")}),
     (puts(Table.CHECKSUMS, b"short", b""), {("unknown-row", "checksums short")}),
@@ -274,8 +274,12 @@ PLANTED = [
     ),
     (puts(Table.SEALS, b"short", b""), {("unknown-row", "seals short")}),
     (puts(Table.RECLAIM, b"short", b""), {("unknown-row", "reclaim short")}),
+    (puts(Table.POINTS, POINT, b"\0"), {("bad-value", f"row {POINT.hex()} of points")}),
+    (puts(Table.BORN, born_key(1, 4, 7), b"\0"), {("bad-value", f"row {born_key(1, 4, 7).hex()} of born")}),
+    (puts(Table.SEALS, pair_key(1, 4), b"x"), {("bad-value", f"row {pair_key(1, 4).hex()} of seals")}),
+    (puts(Table.SEALS, pair_key(1, 4), new_mark()), set()),
     (puts(Table.PUNCH, b"short", b"x"), {("unknown-row", "punch short")}),
-    (puts(Table.BRANCH_FILES, b"short", b"x"), {("unknown-row", "index of files, short")}),
+    (puts(Table.BRANCH_FILES, b"short", b""), {("unknown-row", "index of files, short")}),
     (puts(Table.IDEMPOTENCY, b"k", b"xxxxxx"), {("damaged-record", "idempotency k")}),
     (puts(Table.HOSTS, b"h9", seal(b"h9", b"\1{}")), {("damaged-record", "host h9")}),
     (puts(Table.HOSTS, b"h9", seal(b"h9", b"\1[")), {("damaged-record", "host h9")}),
