@@ -233,12 +233,15 @@ class World:
         self.outcome.add("volumes compared")
 
     async def reopen(self, volume: Volume, error: BaseException) -> None:
-        """Ask for a volume back that has stopped."""
+        """Ask for a volume back that has stopped; it stays so where another client breaks the disk again meanwhile."""
         branch = self.head_of(volume)
         self.machine.failed_branches.pop(branch, None)
         if isinstance(error, VolumeStopped):
-            await self.catalogue.reopen(volume.id)
-            self.outcome.add("reopened")
+            try:
+                await self.catalogue.reopen(volume.id)
+                self.outcome.add("reopened")
+            except DeviceFault as failure:
+                self.note_error(volume, failure)
 
     def head_of(self, volume: Volume) -> int:
         """Return the number of a volume's branch."""
