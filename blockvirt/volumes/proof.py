@@ -115,6 +115,8 @@ class MapProof:
             self._check_live(reader, own.values())
 
     def _replay(self, branch: BranchRecord) -> Replay | None:
+        if not branch.head_epoch:  # it speaks of a head that is gone, and goes with what else is left of that
+            return None
         for device_id, folder in self.context.storage.paths().items():
             found = read_journal(folder, device_id, branch.number)
             if found is not None:

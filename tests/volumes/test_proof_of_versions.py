@@ -4,18 +4,22 @@ import random
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from blockvirt.lun.address import FRESH
+from blockvirt.meta.findings import Severity
 from blockvirt.meta.keys import Table, born_key, child_point_key, leaf_key, number_key, pair_key, split_leaf
 from blockvirt.meta.records import BranchRecord, FileRecord, SnapshotRecord, seal
 from blockvirt.meta.store import Writer
+from blockvirt.volumes.deletion import _remove_snapshots, _remove_volume
+from blockvirt.volumes.requests import NewVolume
 from tests.snapshots.conftest import SnapshotPool
 from tests.snapshots.test_histories import History
-from tests.volumes.conftest import abandon
-from tests.volumes.proof_pool import COPY, WEB, alter, at_rest, check, messages, put, versions
+from tests.volumes.conftest import abandon, write
+from tests.volumes.proof_pool import COPY, WEB, alter, at_rest, check, fill, messages, put, versions
 
 CHUNK = 4096
 SIZE = 600 * CHUNK
@@ -37,6 +41,24 @@ def edits(
 
 async def test_a_pool_at_rest_is_clean(tmp_path: Path) -> None:
     assert check(await at_rest(tmp_path)) == []
+
+
+async def test_a_journal_whose_head_is_gone_says_nothing_of_the_map(tmp_path: Path) -> None:
+    """A volume that had stopped is deleted with its journal, which goes with the rest of it, after the record."""
+    pool = await SnapshotPool(tmp_path).start()
+    web = await pool.volume(SIZE, "web")
+    await fill(pool, web, [0, 1, 2, 3], 1)
+    await pool.snapshots.create({web: "monday"})
+    await pool.catalogue.create(NewVolume(size_bytes=SIZE, name="copy"), origin=pool.snapshots.find("web@monday"))
+    handle = await pool.open(web)
+    await write(handle, 5 * CHUNK, bytes(CHUNK))
+    await handle.zero(0, 2 * CHUNK, punch=True)
+    await abandon(pool, power_cut=False)
+    assert [finding for finding in check(pool) if finding.severity is not Severity.LEAK] == []
+    alter(pool, partial(_remove_snapshots, web))
+    alter(pool, partial(_remove_volume, web))
+    alter(pool, lambda writer: writer.delete(Table.VOLUME_NAMES, b"web"))
+    assert [finding for finding in check(pool) if finding.severity is not Severity.LEAK] == []
 
 
 @pytest.mark.parametrize(
