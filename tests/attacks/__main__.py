@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tests.attacks.attack import Attack, Level, Outcome
 from tests.attacks.catalogue import ATTACKS, load
@@ -21,14 +21,13 @@ from tests.attacks.slices import (
     Slice,
     Work,
     in_turns,
+    lacking,
     print_table,
-    say,
     side_by_side,
     sliced,
     sliced_bugs,
     verdict,
 )
-from tests.conftest import CI, why_missing
 
 
 def main() -> int:
@@ -58,19 +57,9 @@ def main() -> int:
     rows = [row(attack, options.seed, outcomes[attack.name], seconds[attack.name]) for attack in attacks]
     if any(isinstance(work, BugSlice) for queue in queues for work in queue):
         rows.append(("planted bugs", f"{planted - len(missed)} of {planted} caught", "", ", ".join(missed)))
-    print_table([*rows, verdict(sum(len(outcome.failures) for outcome in outcomes.values()))])
+    print_table([*rows, verdict(sum(len(outcome.failures) for outcome in outcomes.values()), attacks)])
     print(f"{time.monotonic() - began_s:.0f} s in all")
     return 1 if missed or any(outcome.failures for outcome in outcomes.values()) else 0
-
-
-def lacking(names: Sequence[str]) -> Iterator[str]:
-    """Give the attacks that cannot be carried out here, and say why; raises SystemExit with CI=true."""
-    for name in names:
-        if reasons := [reason for each in load(name).requires if (reason := why_missing(each))]:
-            say(f"NOT RUN: {name}: {'; '.join(reasons)}")
-            if CI:
-                raise SystemExit("CI=true allows no attack to be left out")
-            yield name
 
 
 def row(attack: Attack, seed: int, outcome: Outcome, took_s: float) -> tuple[str, ...]:
@@ -94,7 +83,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="so many trials instead of the level's")
     parser.add_argument("--bugs", nargs="*", metavar="BUG", help="only planted bugs: these, or all")
     parser.add_argument("--jobs", type=int, default=min(JOBS, os.cpu_count() or 1), help="slices at a time")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.bugs or ()) - {bug.name for bug in all_bugs()}:
+        parser.error(f"no such planted bug: {', '.join(sorted(unknown))}")
+    return options
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TypeVar
 from tests.attacks.attack import Attack, Level, Outcome, carry_out
 from tests.attacks.catalogue import load
 from tests.attacks.planted.bugs import Bug, bug_named, planted
+from tests.conftest import CI, why_missing
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -155,10 +156,22 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def verdict(broken: int) -> tuple[str, ...]:
-    """The last row of the table: each of these would be a broken promise."""
-    lost = ("acknowledged flushes lost", "writes lost to SIGKILL", "check errors beyond leaks")
-    return ("all of them", "", f"{broken} broken", "" if broken else "".join(f"{each}: 0  " for each in lost))
+def verdict(broken: int, attacks: Iterable[Attack]) -> tuple[str, ...]:
+    """The last row of the table, of the ``attacks`` that were made: each of these would be a broken promise."""
+    lost = {"I3": "acknowledged flushes lost", "I3b": "writes lost to SIGKILL", "I6": "check errors beyond leaks"}
+    attacked = {promise for attack in attacks for promise in attack.promises}
+    none = [f"{loss}: 0" for promise, loss in lost.items() if promise in attacked]
+    return ("all of them", "", f"{broken} broken", "" if broken else "  ".join(none))
+
+
+def lacking(names: Iterable[str]) -> Iterator[str]:
+    """Give the attacks that cannot be carried out here, and say why; raises SystemExit with CI=true."""
+    for name in names:
+        if reasons := [reason for each in load(name).requires if (reason := why_missing(each))]:
+            say(f"NOT RUN: {name}: {'; '.join(reasons)}")
+            if CI:
+                raise SystemExit("CI=true allows no attack to be left out")
+            yield name
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
