@@ -88,9 +88,11 @@ def _is_caught(bug: Bug) -> bool:
     except Exception:
         traceback.print_exc()
         outcome = Outcome()
-    word = "caught" if outcome.failures else "MISSED"
+    word, by = "MISSED", ""
+    if outcome.failures:  # by what it broke, and not by a patch that fits the code no more: so say what that was
+        word, by = "caught", f": {outcome.failures[0].what.splitlines()[0][:160]}"
     took_s = time.monotonic() - began_s
-    say(f"{word} {bug.name} by {bug.attack} after {outcome.tried} trials, {took_s:.0f} s")
+    say(f"{word} {bug.name} by {bug.attack} after {outcome.tried} trials, {took_s:.0f} s{by}")
     return bool(outcome.failures)
 
 
