@@ -43,7 +43,8 @@ class Table(Enum):
 
 
 MARKED = (Table.RECLAIM, Table.SEALS)
-"""Tables whose rows are empty, or hold a mark (``records.new_mark``)."""
+"""Tables whose rows are empty, or hold a mark (``Writer.mark``)."""
+MARK_BYTES = 8
 VALUELESS = (Table.BRANCH_FILES, Table.BORN, Table.VOLUME_UNITS, Table.VOLUME_BRANCHES, Table.POINTS, *MARKED)
 """Tables whose rows say everything by their keys."""
 

@@ -6,7 +6,6 @@ that turns up under another's key is found out. Map records (leaves) have a bina
 """
 
 import json
-import secrets
 import struct
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar, get_args
@@ -19,7 +18,6 @@ RECORD_VERSION = 1
 REVERTED = "it was reverted to snapshot "
 """How ``BranchRecord.stopped`` begins where it was a revert that stopped a volume, and not a failure."""
 _CRC = struct.Struct("<I")
-_MARK_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,16 +326,6 @@ R = TypeVar("R", bound=Record)
 def seal(key: bytes, payload: bytes) -> bytes:
     """Return ``payload`` with the CRC-32C over ``key`` and ``payload`` behind it."""
     return payload + _CRC.pack(crc32c(payload, crc32c(key)))
-
-
-def new_mark() -> bytes:
-    """Return a value that a row never had: who is at work on what the row asks for sees that there is more."""
-    return secrets.token_bytes(_MARK_BYTES)
-
-
-def is_mark(value: bytes) -> bool:
-    """Tell whether a row's value can be what ``new_mark`` returned."""
-    return len(value) == _MARK_BYTES
 
 
 def unseal(key: bytes, stored: bytes, *, what: str) -> bytes:

@@ -1,9 +1,10 @@
 """Reading and writing inside one LMDB transaction: raw rows, and catalogue records with their checksums."""
 
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from blockvirt.meta.keys import Table
+from blockvirt.meta.keys import MARK_BYTES, Table
 from blockvirt.meta.records import Record, decode, encode
 
 R = TypeVar("R", bound=Record)
@@ -98,6 +99,10 @@ class Writer(Reader):
         if len(value) > _LARGE_BYTES:
             self._large.add((table, key))
         self._transaction.put(key, value, db=self._tables[table])
+
+    def mark(self, table: Table, key: bytes) -> None:
+        """Put a row of which the key says all, with a value that it never had: who works on it sees there is more."""
+        self.put(table, key, secrets.token_bytes(MARK_BYTES))
 
     def put_record(self, table: Table, key: bytes, record: Record) -> None:
         """Store a catalogue record with its checksum."""

@@ -8,8 +8,8 @@ from blockvirt.errors import BlockvirtError, DamagedRecord, InvalidName
 from blockvirt.ids import check_name
 from blockvirt.limits import MAX_LABEL_CHARS, MAX_LABELS
 from blockvirt.meta.findings import Finding, corrupt
-from blockvirt.meta.keys import MARKED, VALUELESS, Table, number_key, shown
-from blockvirt.meta.records import BranchRecord, PoolRecord, Record, VolumeRecord, decode, is_mark
+from blockvirt.meta.keys import MARK_BYTES, MARKED, VALUELESS, Table, number_key, shown
+from blockvirt.meta.records import BranchRecord, PoolRecord, Record, VolumeRecord, decode
 from blockvirt.meta.store import Reader
 
 R = TypeVar("R", bound=Record)
@@ -57,7 +57,7 @@ def check_values(rows: Rows) -> Iterator[Finding]:
     """Prove that rows which are only keys have no value, and a mark has its length."""
     for table in VALUELESS:
         for key, stored in rows.reader.scan(table):
-            if stored and not (table in MARKED and is_mark(stored)):
+            if stored and not (table in MARKED and len(stored) == MARK_BYTES):
                 yield corrupt("bad-value", f"row {shown(key)} of {table.value.decode()}", "it has a value of its own")
 
 

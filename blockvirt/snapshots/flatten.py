@@ -31,7 +31,7 @@ from blockvirt.meta.keys import (
     pair_key,
     split_leaf,
 )
-from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, new_mark, seal
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, VolumeRecord, seal
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.snapshots.readers import SnapshotReaders
 from blockvirt.tasks import TaskSet
@@ -298,7 +298,7 @@ def _let_go(writer: Writer, number: int) -> bool:
     for epoch, who in points_of(writer, number):
         if isinstance(who, str):
             # The copies that it sees now have no checksums yet.
-            writer.put(Table.SEALS, pair_key(number, epoch), new_mark())
+            writer.mark(Table.SEALS, pair_key(number, epoch))
         else:
             child = branch_record(writer, who)
             new = tuple(origin for origin in origins if origin not in child.pins)

@@ -18,7 +18,7 @@ from blockvirt.errors import DamagedRecord, DeviceFault
 from blockvirt.ids import new_id
 from blockvirt.limits import PUNCH_COUNT_ROWS, RECLAIM_BATCH_LEAVES, RECLAIM_BATCH_ROWS, RECLAIM_BATCH_VERSIONS
 from blockvirt.meta.keys import Table, child_point_key, number_key, pair_key, split_pair, volume_branch_key
-from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, new_mark, punch_count
+from blockvirt.meta.records import BranchRecord, FileRecord, JobRecord, punch_count
 from blockvirt.meta.store import Reader, Writer
 from blockvirt.pool.backing import backing_path, unlink_files
 from blockvirt.units import format_size
@@ -43,7 +43,7 @@ def queue_reclaim(writer: Writer, branch: int, epoch: int, *, subject: str, volu
     """
     if any(True for _ in Reader.scan(writer, Table.POINTS, prefix=pair_key(branch, epoch))):
         return None
-    _note(writer, branch, epoch)
+    writer.mark(Table.RECLAIM, pair_key(branch, epoch))
     job = JobRecord(
         id=new_id(),
         kind=RECLAIM,
@@ -66,15 +66,11 @@ def leave_behind(writer: Writer, branch: BranchRecord, head_epoch: int) -> bool:
     """
     epoch = head_epoch - 1
     if writer.get(Table.RECLAIM, pair_key(branch.number, epoch)) is not None:
-        _note(writer, branch.number, epoch)  # it has its job, which may have looked at some of these leaves already
+        # It has its job, which may have looked at some of these leaves already.
+        writer.mark(Table.RECLAIM, pair_key(branch.number, epoch))
         return False
     subject = f"older versions of {volume_name(writer, branch.volume_id)}"
     return queue_reclaim(writer, branch.number, epoch, subject=subject, volume_id=branch.volume_id) is not None
-
-
-def _note(writer: Writer, branch: int, epoch: int) -> None:
-    """Put a row of what is to be freed, with a value that it never had: who works on it sees that there is more."""
-    writer.put(Table.RECLAIM, pair_key(branch, epoch), new_mark())
 
 
 def adopt_rows(writer: Writer) -> None:

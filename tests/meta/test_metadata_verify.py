@@ -7,6 +7,7 @@ import pytest
 
 from blockvirt.meta.findings import Severity
 from blockvirt.meta.keys import (
+    MARK_BYTES,
     Table,
     born_key,
     child_point_key,
@@ -19,7 +20,7 @@ from blockvirt.meta.keys import (
     volume_branch_key,
     volume_unit_key,
 )
-from blockvirt.meta.records import DeviceRecord, encode, new_mark, seal
+from blockvirt.meta.records import DeviceRecord, encode, seal
 from blockvirt.meta.store import Store
 from blockvirt.meta.verify import verify_pages, verify_records
 from blockvirt.meta.verify_catalogue import JOB_STATES
@@ -277,7 +278,7 @@ PLANTED = [
     (puts(Table.POINTS, POINT, b"\0"), {("bad-value", f"row {POINT.hex()} of points")}),
     (puts(Table.BORN, born_key(1, 4, 7), b"\0"), {("bad-value", f"row {born_key(1, 4, 7).hex()} of born")}),
     (puts(Table.SEALS, pair_key(1, 4), b"x"), {("bad-value", f"row {pair_key(1, 4).hex()} of seals")}),
-    (puts(Table.SEALS, pair_key(1, 4), new_mark()), set()),
+    (puts(Table.SEALS, pair_key(1, 4), bytes(MARK_BYTES)), set()),
     (puts(Table.PUNCH, b"short", b"x"), {("unknown-row", "punch short")}),
     (puts(Table.BRANCH_FILES, b"short", b""), {("unknown-row", "index of files, short")}),
     (puts(Table.IDEMPOTENCY, b"k", b"xxxxxx"), {("damaged-record", "idempotency k")}),
