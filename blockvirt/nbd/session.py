@@ -195,7 +195,10 @@ class Session:
                 if looks > 0 and perf_counter() < deadline:
                     looks -= 1
                     continue
-                self._rest(may_spin)
+                if looks > 0 and left < limits.batch_requests:  # the time was up before the looks were in vain
+                    self._schedule()
+                else:
+                    self._rest(may_spin)
                 return
             if may_spin:
                 if looks < self._spins:  # looking again paid

@@ -1,7 +1,8 @@
 """A client in step with the server: no thread, no clock and no size of a kernel buffer decides what comes when.
 
 It sends a batch of requests, and the next one when the server has answered all of it, looks for more and finds nothing:
-as early as a client can be back. What it sends arrives whole, what it is sent it takes whole.
+as early as a client can be back. What it sends arrives whole, or a payload after its header; what it is sent it takes
+whole.
 """
 
 import asyncio
@@ -33,15 +34,20 @@ class Request(NamedTuple):
 
 
 class LockstepClient:
-    """The client's end of a connection. ``served`` is the socket for the session, which closes it."""
+    """The client's end of a connection. ``served`` is the socket for the session, which closes it.
 
-    def __init__(self) -> None:
+    With ``apart`` a payload is on its way only when its header was received, as libnbd and QEMU send them.
+    """
+
+    def __init__(self, *, apart: bool = False) -> None:
+        self._apart = apart
         theirs, self._sock = socket.socketpair()
         self._sock.setblocking(False)
         self.served = _ServedSocket(self, theirs.detach())
         self.served.setblocking(False)
         self._batches: deque[Sequence[Request]] = deque()
         self._unsent = memoryview(b"")
+        self._later: deque[bytes] = deque()
         self._owed_bytes = 0
         self._finished: Callable[[], None] | None = None
 
@@ -58,11 +64,23 @@ class LockstepClient:
         if self._batches:
             batch = self._batches.popleft()
             self._owed_bytes = sum(request.reply_bytes for request in batch)
-            self._unsent = memoryview(b"".join(request.packed(cookie) for cookie, request in enumerate(batch)))
-            self.push()
+            packed = [request.packed(cookie) for cookie, request in enumerate(batch)]
+            if self._apart:
+                self._later.extend(
+                    part for one in packed for part in (one[: REQUEST.size], one[REQUEST.size :]) if part
+                )
+            else:
+                self._later.append(b"".join(packed))
+            self.send_later()
         elif self._finished is not None:
             finished, self._finished = self._finished, None
             finished()
+
+    def send_later(self) -> None:
+        """Send what comes after all that was received."""
+        if self._later and not self._unsent:
+            self._unsent = memoryview(self._later.popleft())
+            self.push()
 
     def push(self) -> None:
         """Have as much of the batch in the server's socket as that takes."""
@@ -103,6 +121,7 @@ class _ServedSocket(socket.socket):
             if not received:
                 self._client.go_on()
                 raise
+        self._client.send_later()
         return received
 
     def sendmsg(self, buffers: Iterable[bytes | memoryview], *_: object) -> int:  # type: ignore[override]

@@ -58,6 +58,7 @@ COSTS = {
     "read 4 KiB, depth 8, 4 connections": Cost(64, 1248, {"recv_into": 16, "preadv": 64, "sendmsg": 8}),
     "read 1 MiB": Cost(8, 435, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
     "write 4 KiB, depth 1": Cost(64, 2771, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, header and payload apart": Cost(64, 2835, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 1070, {"recv_into": 4, "pwrite": 64, "sendmsg": 2}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1448, {"recv_into": 16, "pwrite": 64, "sendmsg": 8}),
     "write 4 KiB to new chunks, depth 32": Cost(64, 3061, {"recv_into": 4, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
@@ -98,6 +99,8 @@ class Workload:
     clients: int = 1
     after_snapshot: bool = False
     """Count what comes first after a snapshot."""
+    apart: bool = False
+    """Payloads come after their headers."""
 
 
 def blocks(command: int) -> Requests:
@@ -143,6 +146,7 @@ WORKLOADS = {
     "read 4 KiB, depth 8, 4 connections": Workload(blocks(c.CMD_READ), depth=8, clients=4),
     "read 1 MiB": Workload(large(c.CMD_READ)),
     "write 4 KiB, depth 1": Workload(blocks(c.CMD_WRITE)),
+    "write 4 KiB, header and payload apart": Workload(blocks(c.CMD_WRITE), apart=True),
     "write 4 KiB, depth 32": Workload(blocks(c.CMD_WRITE), depth=32),
     "write 4 KiB, depth 8, 4 connections": Workload(blocks(c.CMD_WRITE), depth=8, clients=4),
     "write 4 KiB to new chunks, depth 32": Workload(new_blocks, depth=32),
@@ -178,10 +182,10 @@ async def pool(counter: CallCounter, short_tmp_path: Path, monkeypatch: pytest.M
 
 
 @asynccontextmanager
-async def connected(pool: Pool, volume_id: str, count: int) -> AsyncIterator[list[LockstepClient]]:
-    """So many clients of a volume, each with its session."""
+async def connected(pool: Pool, volume_id: str, workload: Workload) -> AsyncIterator[list[LockstepClient]]:
+    """The workload's clients of a volume, each with its session."""
     shared = SharedResources()
-    clients = [LockstepClient() for _ in range(count)]
+    clients = [LockstepClient(apart=workload.apart) for _ in range(workload.clients)]
     sessions = []
     for client in clients:
         handle = await pool.open(volume_id)
@@ -231,7 +235,7 @@ async def cost(pool: Pool, counter: CallCounter, workload: Workload) -> Cost:
         await write(handle, chunk * CHUNK, b"o" * CHUNK)
     await handle.flush()
     await reserve(handle)
-    async with connected(pool, volume_id, workload.clients) as clients:
+    async with connected(pool, volume_id, workload) as clients:
         await serve(clients, workload.requests(0), workload.depth, CallCounter())
         if workload.after_snapshot:
             await Snapshots(pool.engine, SnapshotReaders(pool.engine.context)).create({"v": "s"})

@@ -168,3 +168,25 @@ async def test_spinning_ends_with_the_turn(spins: int) -> None:
     ours.close()
     await session.ended
     await session.close()
+
+
+async def test_a_turn_that_runs_out_of_time_has_not_looked_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client at queue depth 1 that is served for a whole turn finds the session awake in the next one, too."""
+    clock = iter(itertools.count(step=80e-6))  # the third look at it is the end of a turn of 200 us
+    monkeypatch.setattr("blockvirt.nbd.session.perf_counter", lambda: next(clock))
+    shared = SharedResources()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    session = Session("s", theirs, MemoryVolume(MemoryDisk(DISK_BYTES)), Negotiated("v", structured=False), shared)
+    shared.activity.last, shared.activity.in_a_row = session, 100
+    rested: list[bool] = []
+    monkeypatch.setattr(session, "_rest", rested.append)
+    ours.sendall(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, 1, 0, 4))
+    session._turn()
+    assert len(ours.recv(100)) == SIMPLE_REPLY.size + 4
+    assert (rested, session._scheduled, session._spins) == ([], True, shared.limits.spins)
+    session._turn()  # nothing comes in this one
+    assert rested == [True]
+    session.abandon("the test is over")
+    await session.close()
+    ours.close()
