@@ -1,7 +1,7 @@
 /*
  * The floor of the speed report: an NBD server that does nothing but NBD.
  *
- *     floor SOCKET SIZE_BYTES [FILE]
+ *     floor SOCKET SIZE_BYTES [FILE [thread]]
  *
  * It serves plain memory on a unix socket, one thread per connection. All complete requests of the receive buffer are
  * answered in one pass and their replies leave by one writev, as in the daemon it is compared with. There is no map,
@@ -9,6 +9,8 @@
  *
  * With a FILE of that size it keeps the one promise that a flush makes: writes are pwrites to it, and a flush is an
  * fdatasync in the thread that received it. Whoever sits behind a socket and syncs a file takes as long, or longer.
+ * With the word `thread` another thread does that, as in every server whose loop has to go on while a disk hangs: what
+ * it takes longer is two threads woken.
  *
  * It knows what fio's nbd engine asks for. A client that asks for anything else, or beyond the end, is hung up on.
  * Section names in the comments are those of the NBD protocol document.
@@ -19,6 +21,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -66,6 +69,7 @@ _Static_assert(2 * BATCH_MAX <= IOV_MAX, "a batch must fit one writev");
 static char *memory;
 static uint64_t memory_bytes;
 static int file = -1;
+static bool sync_in_thread;
 
 struct connection {
     int socket;
@@ -76,6 +80,9 @@ struct connection {
     int reply_count;
     struct iovec vectors[2 * BATCH_MAX];
     int vector_count;
+    pthread_t syncer;
+    sem_t sync_asked, sync_done;
+    bool sync_failed, ends;
 };
 
 static bool read_all(int socket, void *to, size_t length) {
@@ -175,6 +182,22 @@ static bool store(const char *data, size_t length, uint64_t offset) {
     return true;
 }
 
+static void *sync_when_asked(void *argument) {
+    struct connection *connection = argument;
+    while (!sem_wait(&connection->sync_asked) && !connection->ends) {
+        connection->sync_failed = fdatasync(file);
+        sem_post(&connection->sync_done);
+    }
+    return NULL;
+}
+
+static bool flush(struct connection *connection) {
+    if (file < 0) return true;
+    if (!sync_in_thread) return !fdatasync(file);
+    sem_post(&connection->sync_asked);
+    return !sem_wait(&connection->sync_done) && !connection->sync_failed;
+}
+
 enum outcome { ANSWERED, INCOMPLETE, HANG_UP };
 
 /* The request at the beginning of the buffer, if all of it is there. */
@@ -196,7 +219,7 @@ static enum outcome answer(struct connection *connection) {
         if (!store(connection->buffer + connection->begin + sizeof request, length, offset)) return HANG_UP;
         add_simple_reply(connection, request.cookie);
     } else if (type == CMD_FLUSH) {
-        if (file >= 0 && fdatasync(file)) return HANG_UP;
+        if (!flush(connection)) return HANG_UP;
         add_simple_reply(connection, request.cookie);
     } else {
         return HANG_UP; /* CMD_DISC, and what we never advertised */
@@ -232,7 +255,13 @@ static void transmit(struct connection *connection) {
 
 static void *serve(void *argument) {
     struct connection *connection = argument;
-    if (negotiate(connection)) transmit(connection);
+    bool syncer = sync_in_thread && !pthread_create(&connection->syncer, NULL, sync_when_asked, connection);
+    if (syncer == sync_in_thread && negotiate(connection)) transmit(connection);
+    if (syncer) {
+        connection->ends = true;
+        sem_post(&connection->sync_asked);
+        pthread_join(connection->syncer, NULL);
+    }
     close(connection->socket);
     free(connection->buffer);
     free(connection);
@@ -246,14 +275,15 @@ static void fail(const char *what) {
 
 int main(int count, char **arguments) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    if (count < 3 || count > 4 || strlen(arguments[1]) >= sizeof address.sun_path) {
-        fprintf(stderr, "usage: floor SOCKET SIZE_BYTES [FILE]\n");
+    sync_in_thread = count == 5 && !strcmp(arguments[4], "thread");
+    if (count < 3 || count > 4 + sync_in_thread || strlen(arguments[1]) >= sizeof address.sun_path) {
+        fprintf(stderr, "usage: floor SOCKET SIZE_BYTES [FILE [thread]]\n");
         return 2;
     }
     strcpy(address.sun_path, arguments[1]);
     memory_bytes = strtoull(arguments[2], NULL, 10);
     int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    if (count == 4) {
+    if (count > 3) {
         if ((file = open(arguments[3], O_RDWR)) < 0) fail(arguments[3]);
         kind = MAP_SHARED; /* reads come from the page cache, which the pwrites go to */
     }
@@ -266,6 +296,7 @@ int main(int count, char **arguments) {
     for (;;) {
         struct connection *connection = calloc(1, sizeof *connection);
         if (connection == NULL || (connection->buffer = malloc(BUFFER_BYTES)) == NULL) fail("malloc");
+        if (sem_init(&connection->sync_asked, 0, 0) || sem_init(&connection->sync_done, 0, 0)) fail("sem_init");
         if ((connection->socket = accept(listener, NULL, NULL)) < 0) fail("accept");
         pthread_t thread;
         if (pthread_create(&thread, NULL, serve, connection)) fail("pthread_create");

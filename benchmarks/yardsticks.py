@@ -47,15 +47,23 @@ class FileFloor(Floor):
 
     name = "C over a file"
     role = Role.FILE_FLOOR
+    options: tuple[str, ...] = ()
 
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
         path = self.directory / f"{self.unused_name()}.sock"
         with (
             sparse_file(path.with_suffix(".image"), size_bytes) as image,
-            self.serving([str(self._program), str(path), str(size_bytes), str(image)], path) as volume,
+            self.serving([str(self._program), str(path), str(size_bytes), str(image), *self.options], path) as volume,
         ):
             yield volume
+
+
+class ThreadedFileFloor(FileFloor):
+    """The same with the fdatasync in another thread, as in every server whose loop goes on while a disk hangs."""
+
+    name = "C over a file, thread"
+    options = ("thread",)
 
 
 class LocalFile(Volume):
