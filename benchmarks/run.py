@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="a table of ratios in less than 3 minutes: one short round on XFS")
     add("--rounds", type=int, default=5, help="alternating rounds (default 5)")
-    add("--runtime", type=float, default=4.0, metavar="SECONDS", help="per cell (default 4)")
+    add("--runtime", type=float, default=3.0, metavar="SECONDS", help="per cell (default 3)")
     add("--size", type=int, default=1024, metavar="MIB", help="of each volume (default 1024)")
     add("--copy-size", type=int, default=4096, metavar="MIB", help="of what nbdcopy copies (default 4096)")
     add("--cells", nargs="+", choices=names, default=names, metavar="CELL", help=", ".join(names))
