@@ -1,17 +1,28 @@
 """The threads for what would block the loop: cold reads, syncs, copies, file creation.
 
 ``concurrent.futures`` makes two futures, a condition and a wake-up of the loop for each call; here it is one future,
-and results that become ready together wake the loop once.
+and results that become ready together wake the loop once. Each thread sleeps on a lock of its own: threads that share a
+queue's wake one another to find it empty, and take the processor from the one that has work.
 """
 
 import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+
+
+class _Thread:
+    """One of them, and what it waits on."""
+
+    def __init__(self, serve: "Callable[[_Thread], None]", name: str) -> None:
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.thread = threading.Thread(target=serve, args=(self,), name=name, daemon=True)
+        self.thread.start()
 
 
 class IoThreads:
@@ -19,8 +30,11 @@ class IoThreads:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._threads: list[threading.Thread] = []
-        self._work: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = SimpleQueue()
+        self._threads: list[_Thread] = []
+        self._idle: list[_Thread] = []
+        """Who sleeps, or is about to: the last to come is the first to be woken, as its caches are the warmest."""
+        self._work: deque[_Item] = deque()
+        self._ending = False
         self._results: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
         self._announced = False
         """The loop was told that there are results, and has not looked yet."""
@@ -31,11 +45,16 @@ class IoThreads:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._outstanding += 1
         if len(self._threads) < min(self._outstanding, self._most):
-            thread = threading.Thread(target=self._serve, name=f"blockvirt-io-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self._work.put((work, future))
+            self._threads.append(_Thread(self._serve, f"blockvirt-io-{len(self._threads)}"))
+        self._work.append((work, future))
+        self._wake_one()
         return future
+
+    def _wake_one(self) -> None:
+        try:
+            self._idle.pop().wake.release()
+        except IndexError:
+            pass  # all are at work, and look for more before they sleep
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run ``work`` in a thread and return its result. Who is cancelled does not wait for its end."""
@@ -55,8 +74,25 @@ class IoThreads:
             future.exception()  # nobody else will ask
             raise
 
-    def _serve(self) -> None:
-        while (item := self._work.get()) is not None:
+    def _next(self, me: _Thread) -> _Item | None:
+        """Sleep until there is work and return it; None at the end."""
+        while True:
+            try:
+                return self._work.popleft()
+            except IndexError:
+                if self._ending:
+                    return None
+            self._idle.append(me)
+            if self._work or self._ending:  # came before anybody could see that this thread is idle
+                try:
+                    self._idle.remove(me)
+                    continue
+                except ValueError:
+                    pass  # somebody has seen it now
+            me.wake.acquire()
+
+    def _serve(self, me: _Thread) -> None:
+        while (item := self._next(me)) is not None:
             work, future = item
             try:
                 self._results.append((future, work(), None))
@@ -88,7 +124,8 @@ class IoThreads:
     def close(self) -> None:
         """Wait for what was submitted and end the threads. Blocks. Idempotent."""
         threads, self._threads = self._threads, []
+        self._ending = True
         for _ in threads:
-            self._work.put(None)
-        for thread in threads:
-            thread.join()
+            self._wake_one()
+        for each in threads:
+            each.thread.join()

@@ -2,10 +2,14 @@
 
 import asyncio
 import threading
+from collections import deque
+from typing import Any
 
 import pytest
 
 from blockvirt.volumes.io_threads import IoThreads
+
+PATIENCE_S = 20.0
 
 
 async def test_results_and_failures_arrive() -> None:
@@ -65,4 +69,50 @@ async def test_a_cancelled_caller_costs_nobody_a_result_and_close_waits_for_the_
     threads.close()
     assert await last == 8
     assert mine
-    assert not any(thread.is_alive() for thread in mine)
+    assert not any(each.thread.is_alive() for each in mine)
+
+
+async def test_threads_that_sleep_and_threads_on_their_way_to_it_all_end() -> None:
+    for _ in range(50):
+        threads = IoThreads(4)
+        gate = threading.Barrier(4)
+        await asyncio.wait([threads.submit(gate.wait) for _ in range(4)])
+        mine = list(threads._threads)
+        threads.close()
+        assert [each.thread.is_alive() for each in mine] == [False] * 4
+
+
+class _Late(deque[Any]):
+    """Something comes right after a thread has found nothing, and before anybody can see that it is idle."""
+
+    coming: Any = None
+
+    def popleft(self) -> Any:
+        try:
+            return super().popleft()
+        except IndexError:
+            if self.coming is not None:
+                self.append(self.coming)
+                self.coming = None
+            raise
+
+
+async def test_work_that_comes_as_a_thread_goes_to_sleep_is_done() -> None:
+    threads = IoThreads(1)
+    late = threads._work = _Late()
+    assert await threads.run(lambda: "first") == "first"
+    future = asyncio.get_running_loop().create_future()
+    late.coming = (lambda: "late", future)
+    assert await threads.run(lambda: "second") == "second"
+    async with asyncio.timeout(PATIENCE_S):
+        assert await future == "late"
+    threads.close()
+
+
+async def test_one_after_the_other_and_a_few_at_once() -> None:
+    threads = IoThreads(3)
+    for count in [1, 2, 3, 1] * 500:
+        futures = [threads.submit(lambda: 1) for _ in range(count)]
+        async with asyncio.timeout(PATIENCE_S):
+            assert sum([await future for future in futures]) == count
+    threads.close()
