@@ -129,3 +129,4 @@ class IoThreads:
             self._wake_one()
         for each in threads:
             each.thread.join()
+        self._ending = False  # work that comes even so gets a thread, as at the beginning

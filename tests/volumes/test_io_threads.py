@@ -116,3 +116,12 @@ async def test_one_after_the_other_and_a_few_at_once() -> None:
         async with asyncio.timeout(PATIENCE_S):
             assert sum([await future for future in futures]) == count
     threads.close()
+
+
+async def test_work_after_the_end_is_done() -> None:
+    """A straggler at a shutdown must not wait for ever."""
+    threads = IoThreads(2)
+    for _ in range(50):
+        async with asyncio.timeout(PATIENCE_S):
+            assert await threads.run(lambda: 9) == 9
+        threads.close()
