@@ -60,21 +60,19 @@ class Incoming:
             self.low = self.high = 0
             self._limit = SMALL_BYTES
         assert self.high < self._limit, "no room to receive: expect() was not asked for it"
-        received = 0
+        begin = self.high
         try:
-            received = self._recv_into(self.view[self.high : self._limit])
+            received = self._recv_into(self.view[begin : self._limit])
             if received == 0:
                 return -1
             self.high += received
-            self.total_bytes += received
-            if received == REQUEST.size and self.view[self.high - REQUEST.size + _TYPE_AT] == c.CMD_WRITE:
+            if received == REQUEST.size and self.view[begin + _TYPE_AT] == c.CMD_WRITE:
                 # Clients send the payload by itself, a microsecond later: one more look is less than a pass in vain.
-                payload = self._recv_into(self.view[self.high : self._limit])
-                self.high += payload
-                self.total_bytes += payload
-                received += payload
+                self.high += self._recv_into(self.view[self.high : self._limit])
         except BlockingIOError:
             pass  # nothing was there, or no payload yet
+        received = self.high - begin
+        self.total_bytes += received
         return received
 
     def unpark(self) -> None:
