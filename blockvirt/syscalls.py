@@ -21,6 +21,8 @@ _fstatfs.restype = ctypes.c_int
 
 XFS = 0x58465342
 """``filesystem_type`` of XFS; <linux/magic.h>."""
+EXT4 = 0xEF53
+"""The same of ext2, ext3 and ext4."""
 _STATFS_WORDS = 32  # 120 bytes on x86-64; statfs(2): the first word is f_type
 
 

@@ -171,6 +171,7 @@ async def pool(counter: CallCounter, short_tmp_path: Path, monkeypatch: pytest.M
     """A pool in which nothing happens by itself, and nothing because of the machine."""
     # Not every filesystem can say what it has in the page cache; here all of it is.
     monkeypatch.setattr("blockvirt.pool.backing._READ_CACHED", 0)
+    monkeypatch.setattr("blockvirt.pool.backing.filesystem_type", lambda _: 0)  # ext4 is written to in pieces
     # No batch ends because its time is over, and a session that looks for more looks as often as it may.
     monkeypatch.setattr("blockvirt.nbd.session.perf_counter", lambda: 0.0)
     monkeypatch.setattr("blockvirt.volumes.engine.METADATA_RESERVE_RETRY_S", 3600.0)

@@ -13,7 +13,7 @@ from blockvirt.errors import DeviceFault
 from blockvirt.meta.records import FileRecord
 from blockvirt.pool import backing
 from blockvirt.pool.backing import BackingFile
-from blockvirt.syscalls import XFS, filesystem_type
+from blockvirt.syscalls import EXT4, XFS, filesystem_type
 from blockvirt.units import MIB
 from tests.volumes.conftest import mounted
 
@@ -65,7 +65,7 @@ def test_on_xfs_a_read_looks_until_the_page_cache_has_it(xfs: Path, looks: list[
 
 
 def test_elsewhere_a_read_waits_for_the_disk(tmp_path: Path, looks: list[int], as_if: Callable[[int], None]) -> None:
-    as_if(0xEF53)
+    as_if(EXT4)
     file = cold_file(tmp_path)
     into = bytearray(len(CONTENT))
     file.read(memoryview(into), 0)
