@@ -41,6 +41,8 @@ class Incoming:
         """Bytes received since the beginning."""
         self.skip_bytes = 0
         """Payload bytes of a refused write that are still to be thrown away."""
+        self.emptied = False
+        """The last ``receive`` found less than there was room for."""
 
     @property
     def held_bytes(self) -> int:
@@ -60,15 +62,17 @@ class Incoming:
             self.low = self.high = 0
             self._limit = SMALL_BYTES
         assert self.high < self._limit, "no room to receive: expect() was not asked for it"
-        begin = self.high
+        begin, limit = self.high, self._limit
+        self.emptied = True
         try:
-            received = self._recv_into(self.view[begin : self._limit])
+            received = self._recv_into(self.view[begin:limit])
             if received == 0:
                 return -1
             self.high += received
             if received == REQUEST.size and self.view[begin + _TYPE_AT] == c.CMD_WRITE:
                 # Clients send the payload by itself, a microsecond later: one more look is less than a pass in vain.
-                self.high += self._recv_into(self.view[self.high : self._limit])
+                self.high += self._recv_into(self.view[self.high : limit])
+            self.emptied = self.high < limit
         except BlockingIOError:
             pass  # nothing was there, or no payload yet
         received = self.high - begin
@@ -89,10 +93,13 @@ class Incoming:
         self._restore(size)
 
     def _restore(self, size_bytes: int = 0) -> None:
-        self._hold(self._pool.take(max(size_bytes, len(self._parked))))
-        self.high = len(self._parked)
-        self.view[: self.high] = self._parked
-        self._parked = b""
+        parked, self._parked = self._parked, b""
+        if not parked:
+            self._hold(self._pool.take(size_bytes))
+            return
+        self._hold(self._pool.take(max(size_bytes, len(parked))))
+        self.high = len(parked)
+        self.view[: self.high] = parked
 
     def _hold(self, buffer: Buffer) -> None:
         self._buffer = buffer
@@ -129,7 +136,8 @@ class Incoming:
     def _release(self, buffer: Buffer | None) -> None:
         if buffer is not None:
             self._pool.give(buffer)
-            self._budget.give(buffer.charge_bytes)
+            if buffer.charge_bytes:
+                self._budget.give(buffer.charge_bytes)
 
     def detach(self, request_bytes: int) -> Buffer | None:
         """Give away the buffer with the complete request at ``low``, charge and all; None if it is small: copy it."""
@@ -147,7 +155,8 @@ class Incoming:
         kept = self.high - self.low
         if self._buffer is None or kept > _PARKED_BYTES:
             return
-        self._parked = bytes(self.view[self.low : self.high])
+        if kept:
+            self._parked = bytes(self.view[self.low : self.high])
         self._drop_buffer()
 
     def shrink(self) -> bool:

@@ -71,9 +71,8 @@ class Outgoing:
         """Have an arena of at least ``length_bytes``. False: the budget is spent for now. Nothing may be in it."""
         assert self.used == 0
         if len(self.arena) < length_bytes:
-            charge = charge_for(length_bytes)
             self._drop_arena()
-            if charge and not self._budget.take(charge):
+            if length_bytes > SMALL_BYTES and not self._budget.take(charge_for(length_bytes)):
                 return False
             self._arena = self._pool.take(length_bytes)
             self.arena = self._arena.view
@@ -85,7 +84,8 @@ class Outgoing:
         self.used = 0
         if arena is not None:
             self._pool.give(arena)
-            self._budget.give(arena.charge_bytes)
+            if arena.charge_bytes:
+                self._budget.give(arena.charge_bytes)
 
     def detach_arena(self) -> Buffer:
         """Give the empty arena away, charge and all."""

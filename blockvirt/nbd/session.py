@@ -213,8 +213,12 @@ class Session:
                 return
             if left <= 0 or finished > deadline:
                 # Not only for what is left in the buffer: the socket may hold more, and uvloop calls the reader of one
-                # that was reset only once. So nobody rests before the socket was found empty.
+                # that was reset only once. So nobody rests before the socket was found empty: by a look in vain, or
+                # by one that brought less than it could and then an answer, which no socket takes that was reset.
                 self._schedule()
+                return
+            if not may_spin and dispatch.answered and self._incoming.emptied and not dispatch.backlog:
+                self._rest(False)
                 return
             now = finished
 

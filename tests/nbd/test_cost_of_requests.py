@@ -53,20 +53,20 @@ LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 
 """Of the leaf that new chunks lie in."""
 
 COSTS = {
-    "read 4 KiB, depth 1": Cost(64, 2515, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
-    "read 4 KiB, depth 32": Cost(64, 876, {"recv_into": 4, "preadv": 64, "sendmsg": 2}),
-    "read 4 KiB, depth 8, 4 connections": Cost(64, 1248, {"recv_into": 16, "preadv": 64, "sendmsg": 8}),
-    "read 1 MiB": Cost(8, 435, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
-    "write 4 KiB, depth 1": Cost(64, 2771, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, header and payload apart": Cost(64, 2835, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, depth 32": Cost(64, 1070, {"recv_into": 4, "pwrite": 64, "sendmsg": 2}),
-    "write 4 KiB, depth 8, 4 connections": Cost(64, 1448, {"recv_into": 16, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 3061, {"recv_into": 4, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "read 4 KiB, depth 1": Cost(64, 2510, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
+    "read 4 KiB, depth 32": Cost(64, 872, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
+    "read 4 KiB, depth 8, 4 connections": Cost(64, 1184, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
+    "read 1 MiB": Cost(8, 429, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
+    "write 4 KiB, depth 1": Cost(64, 2766, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, header and payload apart": Cost(64, 2830, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, depth 32": Cost(64, 1066, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
+    "write 4 KiB, depth 8, 4 connections": Cost(64, 1384, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 3057, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        4582,
+        4578,
         {
-            "recv_into": 4,
+            "recv_into": 2,
             "preadv": 64,
             "Environment.begin": 1,
             "Transaction.get": 1,
@@ -75,17 +75,17 @@ COSTS = {
             "sendmsg": 2,
         },
     ),
-    "write 1 MiB": Cost(8, 589, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 737, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB": Cost(8, 584, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
+    "write 1 MiB to new chunks": Cost(4, 714, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
-        32, 3328, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 3216, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
         32,
-        4611,
+        4499,
         {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16},
     ),
-    "trim a chunk": Cost(32, 5472, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 5248, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 

@@ -6,6 +6,7 @@ uvloop calls the reader of a socket that failed once, and never again: what a tu
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 
 import pytest
 import uvloop
@@ -21,10 +22,8 @@ from tests.nbd.conftest import PATIENCE_S
 _RESET = struct.pack("ii", 1, 0)
 
 
-async def session_that_is_reset(offset: int) -> None:
-    """Open an export, send half of a large write and reset, before the server has read any of it."""
-    shared = SharedResources()
-    shared.limits.batch_s = 0.0  # each turn takes one piece
+async def session_that_is_reset(send: Callable[[socket.socket], None], shared: SharedResources) -> None:
+    """Open an export, send something and reset, before the server has read any of it."""
     server = NbdServer(MemoryExports({"v": MemoryDisk(8 * MIB)}), shared=shared)
     (address,) = await server.listen_tcp("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
@@ -34,14 +33,7 @@ async def session_that_is_reset(offset: int) -> None:
         client.send(CLIENT_FLAGS.pack(3) + OPTION.pack(c.OPTION_MAGIC, c.OPT_GO, len(payload)) + payload)
         while not server.sessions():
             await asyncio.wait_for(loop.sock_recv(client, 64 * KIB), PATIENCE_S)
-        client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, 1, offset, 4 * MIB))
-        sent = 0
-        while sent < 2 * MIB:
-            try:
-                sent += client.send(bytes(64 * KIB))
-            except BlockingIOError:
-                break
-        assert sent > 256 * KIB, "more than a turn takes"
+        send(client)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     async with asyncio.timeout(PATIENCE_S):
         await server.all_closed()
@@ -50,4 +42,26 @@ async def session_that_is_reset(offset: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1 << 40], ids=["taken", "refused"])
 def test_a_reset_in_the_middle_of_a_payload_ends_the_session(offset: int) -> None:
-    uvloop.run(session_that_is_reset(offset))
+    def send_half_of_a_write(client: socket.socket) -> None:
+        client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, 1, offset, 4 * MIB))
+        sent = 0
+        while sent < 2 * MIB:
+            try:
+                sent += client.send(bytes(64 * KIB))
+            except BlockingIOError:
+                break
+        assert sent > 256 * KIB, "more than a turn takes"
+
+    shared = SharedResources()
+    shared.limits.batch_s = 0.0  # each turn takes one piece
+    uvloop.run(session_that_is_reset(send_half_of_a_write, shared))
+
+
+@pytest.mark.parametrize("command", [c.CMD_READ, c.CMD_WRITE], ids=["with an answer", "without one"])
+def test_a_reset_behind_a_short_message_ends_the_session(command: int) -> None:
+    """A turn that has sent an answer takes the socket for alive, and looks no further; another has to look."""
+
+    def send_a_little(client: socket.socket) -> None:
+        client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, 0, 4 * KIB) + b"1")
+
+    uvloop.run(session_that_is_reset(send_a_little, SharedResources()))
