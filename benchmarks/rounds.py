@@ -1,9 +1,11 @@
 """Rounds of measurements: each cell against one server after the other, each round beginning with another server.
 
 So whatever else the machine does falls on all of them. Before each cell that reads, its volume is read once through,
-the same for every server: whoever hosts this machine may have emptied its page cache meanwhile.
+the same for every server: whoever hosts this machine may have emptied its page cache meanwhile. They may also take free
+memory away until it is touched again: before a cell that allocates in bulk so much is touched and let go.
 """
 
+import mmap
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from benchmarks.servers import Server, ServerUnavailable, Volume
 MIB = 1 << 20
 STRIPE_BYTES = 4 * MIB  # of data, then as much of a hole
 READ_BYTES = MIB
+TOUCHED = 3  # times what is written: the page cache has it, and that of the loop file
 COPY_IN = next(cell for cell in CELLS if isinstance(cell, Copy) and cell.state is State.FRESH)
 
 Results = Mapping[tuple[str, str], Sequence[Sample]]  # (cell, server) -> one sample a round
@@ -90,11 +93,14 @@ class Bench:
             if isinstance(cell, Cell):
                 if cell.reads:
                     measure.warm(volume, self._scale.size_bytes)
+                elif cell.state is State.FRESH and cell.share is not None:
+                    touch_memory(int(TOUCHED * cell.share * self._scale.size_bytes))
                 return measure.run(cell, volume, self._scale.size_bytes, self._scale.runtime_s)
             if cell.state is State.COPIED:
                 measure.warm(volume, self._scale.copy_bytes)
             else:
                 read_through(self._image)
+                touch_memory(TOUCHED * self._scale.copy_bytes // 2)
             return measure.copy(cell, volume, self._image, self._scale.copy_bytes // 2)
 
     @contextmanager
@@ -130,6 +136,11 @@ def read_through(image: Path) -> None:
     with image.open("rb", buffering=0) as stream:
         while stream.read(READ_BYTES):
             pass
+
+
+def touch_memory(size_bytes: int) -> None:
+    """Have the first touch of so much free memory behind us: where a host has to find it, that takes 2 ms a MiB."""
+    mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 def say(line: str) -> None:
