@@ -32,10 +32,12 @@ class Role(StrEnum):
     PLAIN = "nbdkit file"  # no copy-on-write, no map
     FLOOR = "C floor"  # no storage either
     FILE_FLOOR = "C over a file"  # the floor with a file under it, that a flush syncs
+    PYTHON = "Python floor"  # the same in Python, on one thread but for the flush
     BARE = "bare file"  # no server either
 
 
-PEERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN})
+COPIERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN})
+PEERS = COPIERS | {Role.PYTHON}
 WITH_FLOOR = PEERS | {Role.FLOOR}
 WITH_BARE = PEERS | {Role.FILE_FLOOR, Role.BARE}
 WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
@@ -82,7 +84,7 @@ class Copy:
     state: State
     unit: Unit = Unit.MBPS
     """Of data; holes do not count."""
-    roles: frozenset[Role] = PEERS
+    roles: frozenset[Role] = COPIERS
 
     def command(self, uri: str, image: str) -> list[str]:
         """nbdcopy's command line against a volume."""

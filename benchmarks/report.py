@@ -72,10 +72,12 @@ def verdicts(cells: Sequence[Measurable], servers: Servers, results: Results) ->
     met = sum(verdict.met is True for _, verdict in judged)
     unknown = sum(verdict.met is None for _, verdict in judged)
     lines = [f"### Targets: {met} met, {len(judged) - met - unknown} missed, {unknown} not measured", ""]
-    lines += ["| cell | against | target | measured | met | C floor there |", "|---|---|---|---|---|---:|"]
+    lines += ["| cell | against | target | measured | met | C floor there | Python floor there |"]
+    lines += ["|---|---|---|---|---|---:|---:|"]
     for cell, verdict in judged:
         row = [cell.title, verdict.target.peer.value, wanted(verdict), measured(verdict), outcome(verdict)]
-        row.append(reachable(cell, verdict, servers, results))
+        row.append(reachable(cell, verdict, servers, results, (Role.FLOOR, Role.FILE_FLOOR)))
+        row.append(reachable(cell, verdict, servers, results, (Role.PYTHON,)))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -118,18 +120,17 @@ def figures(cell: Measurable, role: Role, servers: Servers, results: Results) ->
     )
 
 
-def reachable(cell: Measurable, verdict: Verdict, servers: Servers, results: Results) -> str:
-    """What the barest server in C has in our place: a target far beyond that is nobody's to meet on this machine.
+def reachable(cell: Measurable, verdict: Verdict, servers: Servers, results: Results, floors: Sequence[Role]) -> str:
+    """What the barest server has in our place: a target far beyond that is nobody's to meet on this machine.
 
-    At queue depth 1 it sleeps for each request, where we look again for a while.
+    In C: nobody's at all; in Python: nobody's on one thread of it. At queue depth 1 it sleeps for each request, where
+    we look again for a while.
     """
     target = verdict.target
-    if target.peer is Role.FLOOR:
+    if target.peer in floors:
         return "-"
     peer = figures(cell, target.peer, servers, results)
-    ratios = (
-        ratio_of(target.kind, figures(cell, floor, servers, results), peer) for floor in (Role.FLOOR, Role.FILE_FLOOR)
-    )
+    ratios = (ratio_of(target.kind, figures(cell, floor, servers, results), peer) for floor in floors)
     return next((f"{ratio:.2f}" for ratio in ratios if ratio is not None), "-")
 
 

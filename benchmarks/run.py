@@ -16,7 +16,7 @@ from benchmarks.measure import MeasurementFailed
 from benchmarks.report import machine, ratios, report
 from benchmarks.rounds import MIB, STRIPE_BYTES, Bench, Scale, say
 from benchmarks.servers import Blockvirt, NbdkitFile, QemuNbd, Server, ServerUnavailable
-from benchmarks.yardsticks import BareFile, FileFloor, Floor, ThreadedFileFloor
+from benchmarks.yardsticks import BareFile, FileFloor, Floor, PythonFloor, ThreadedFileFloor
 
 # By the word for --servers, in the order of the report's columns.
 SERVERS: dict[str, Callable[[Path], Server]] = {
@@ -27,6 +27,7 @@ SERVERS: dict[str, Callable[[Path], Server]] = {
     "floor": Floor,
     "file-floor": FileFloor,
     "thread-floor": ThreadedFileFloor,
+    "python-floor": PythonFloor,
     "bare": BareFile,
 }
 QUICK = {"rounds": 1, "runtime": 0.5, "size": 256, "copy_size": 512}

@@ -1,7 +1,8 @@
-"""What no storage server can beat: NBD servers in C that do next to nothing, and writes to a file with no server."""
+"""What no storage server can beat: NBD servers that do next to nothing, and writes to a file with no server."""
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,23 @@ class ThreadedFileFloor(FileFloor):
 
     name = "C over a file, thread"
     options = ("thread",)
+
+
+class PythonFloor(Server):
+    """`floor.py`, by the interpreter that our daemon runs in: what a server in Python can do on one thread."""
+
+    name = "Python floor"
+    role = Role.PYTHON
+
+    @contextmanager
+    def volume(self, size_bytes: int) -> Iterator[Volume]:
+        path = self.directory / f"{self.unused_name()}.sock"
+        program = str(SOURCE.with_suffix(".py"))
+        with (
+            sparse_file(path.with_suffix(".image"), size_bytes) as image,
+            self.serving([sys.executable, program, str(path), str(size_bytes), str(image)], path) as volume,
+        ):
+            yield volume
 
 
 class LocalFile(Volume):
