@@ -6,10 +6,10 @@ have checked them against ``size_bytes``.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Protocol
+from typing import Any, Protocol
 
 BASE_ALLOCATION = "base:allocation"
 """The metadata context that every export has; ``extents`` answers for it."""
@@ -98,8 +98,11 @@ class VolumeHandle(Protocol):
         With ``fast`` raises NotSupported at once where zeroing would be no faster than writing.
         """
 
-    async def flush(self) -> None:
-        """Return when every write that was replied to before the call, on any connection, survives power loss (I3)."""
+    def flush(self) -> Coroutine[Any, Any, None] | asyncio.Future[None]:
+        """Return what is done when every write that was replied to before the call survives power loss (I3).
+
+        On any connection. It has begun when the call returns, or is a coroutine that has not.
+        """
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """Describe the range in order, from ``offset`` on: at least one extent, neighbours merged, never beyond it."""

@@ -190,8 +190,6 @@ class Session:
             if not dispatch.backlog and not self._receive():
                 if self._over:
                     return
-                if self._stats.in_flight:  # what this turn started waits for the loop, its reply for a thread
-                    looks, may_spin = 0, False
                 if looks > 0 and perf_counter() < deadline:
                     looks -= 1
                     continue
@@ -214,10 +212,12 @@ class Session:
             if left <= 0 or finished > deadline:
                 # Not only for what is left in the buffer: the socket may hold more, and uvloop calls the reader of one
                 # that was reset only once. So nobody rests before the socket was found empty: by a look in vain, or
-                # by one that brought less than it could and then an answer, which no socket takes that was reset.
+                # by one that brought less than it could and then a reply, which no socket takes that was reset.
                 self._schedule()
                 return
-            if not may_spin and dispatch.answered and self._incoming.emptied and not dispatch.backlog:
+            if self._stats.in_flight:  # what this turn started waits for the loop, its reply for a thread
+                looks, may_spin = 0, False
+            if not may_spin and dispatch.replying and self._incoming.emptied and not dispatch.backlog:
                 self._rest(False)
                 return
             now = finished

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
@@ -66,6 +67,7 @@ class SlowLane:
         self._most = most
         self._tasks = TaskSet(f"nbd {name}")
         self._changing: set[asyncio.Task[None]] = set()
+        self._flushes: set[asyncio.Future[None]] = set()
         self._abandoned = False
         self._added: list[tuple[int, int, int]] = []
         self._added_bytes = 0
@@ -146,13 +148,14 @@ class SlowLane:
         """Start FLUSH, TRIM, WRITE_ZEROES or BLOCK_STATUS."""
         if self.full:
             return False
+        if command == c.CMD_FLUSH:
+            self._start_flush(cookie)
+            return True
         fua = bool(flags & c.CMD_FLAG_FUA)
         handle = self._handle
 
         async def work() -> Sequence[Part]:
-            if command == c.CMD_FLUSH:
-                await handle.flush()
-            elif command == c.CMD_TRIM:
+            if command == c.CMD_TRIM:
                 await handle.zero(offset, length, punch=True, fua=fua)
             elif command == c.CMD_WRITE_ZEROES:
                 punch = not flags & c.CMD_FLAG_NO_HOLE
@@ -166,6 +169,33 @@ class SlowLane:
             return False
         self._start(command, cookie, work, None, charge)
         return True
+
+    def _start_flush(self, cookie: int) -> None:
+        """Have the volume flush. Where that is a future no task waits for it: a flush feels each pass of the loop."""
+        self.count += 1
+        self._stats.in_flight += 1
+        began_s = perf_counter()
+        flushed: asyncio.Future[None]
+        try:
+            work = self._handle.flush()
+            flushed = work if isinstance(work, asyncio.Future) else self._tasks.start(work, "flush", awaited=True)
+        except Exception as error:
+            flushed = asyncio.get_running_loop().create_future()
+            flushed.set_exception(error)
+        self._flushes.add(flushed)
+        flushed.add_done_callback(partial(self._flushed, cookie, began_s))
+
+    def _flushed(self, cookie: int, began_s: float, flushed: "asyncio.Future[None]") -> None:
+        self._flushes.discard(flushed)
+        if not flushed.cancelled():
+            failure = flushed.exception()
+            if failure is None:
+                self._sink.slow_reply((done(cookie),), None)
+            elif isinstance(failure, ShuttingDown):
+                self._sink.abandon("the volume is shutting down")
+            else:
+                self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None)
+        self._ended(c.CMD_FLUSH, began_s, 1, 0)
 
     async def _status(self, flags: int, cookie: int, offset: int, length: int) -> Sequence[Part]:
         # "the server MAY return less data than requested": ask for no more than one reply can describe, so that a
@@ -230,14 +260,17 @@ class SlowLane:
                 charge, buffer = charge + buffer.charge_bytes, None
             raise
         finally:
-            self.count -= requests
-            self._stats.in_flight -= requests
-            self._stats.latency[command].observe(perf_counter() - began_s, requests)
             if buffer is not None:
                 self._pool.give(buffer)
                 charge += buffer.charge_bytes
-            self._budget.give(charge)
-            self._sink.slow_done()
+            self._ended(command, began_s, requests, charge)
+
+    def _ended(self, command: int, began_s: float, requests: int, charge: int) -> None:
+        self.count -= requests
+        self._stats.in_flight -= requests
+        self._stats.latency[command].observe(perf_counter() - began_s, requests)
+        self._budget.give(charge)
+        self._sink.slow_done()
 
     async def _outcome(
         self, command: int, cookie: int, work: Callable[[], Awaitable[Sequence[Part]]]
@@ -249,7 +282,7 @@ class SlowLane:
         except Exception as error:
             return (self._error(command, cookie, error),)
 
-    def _error(self, command: int, cookie: int, error: Exception) -> bytes:
+    def _error(self, command: int, cookie: int, error: BaseException) -> bytes:
         if not isinstance(error, BlockvirtError | OSError):
             log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command], exc_info=error)
         code, text = explain(error)
@@ -271,7 +304,12 @@ class SlowLane:
     async def finish(self) -> None:
         """Return when nothing is in flight."""
         await self._tasks.wait()
+        while self._flushes:
+            await asyncio.wait(self._flushes)
 
     async def cancel(self) -> None:
         """Give up on what is still in flight: at a shutdown whose time is over."""
+        for flushed in self._flushes:
+            flushed.cancel()
         await self._tasks.close()
+        await self.finish()

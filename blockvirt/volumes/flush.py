@@ -27,30 +27,50 @@ class Flusher:
         self.syncing = asyncio.Lock()
         """Held by a flush, and by a checkpoint from its freeze to its commit: a flush that comes while a checkpoint
         runs waits for its commit, so a mark never speaks across generations."""
-        self._next: asyncio.Task[None] | None = None
+        self._next: list[asyncio.Future[None]] | None = None
+        """Who waits for the round that has not begun."""
 
-    async def flush(self) -> None:
-        """Return when every write replied to before the call is durable; raises VolumeStopped."""
-        volume = self._volume
-        volume.check()
-        assert not volume.unsettled()
+    def flush(self) -> "asyncio.Future[None]":
+        """Return what is done when every write replied to before the call is durable; raises, or has, VolumeStopped.
+
+        It is the caller's own: to cancel it takes nothing from others who wait for the same round.
+        """
+        self._volume.check()
         if self._next is None:
-            self._next = volume.tasks.start(self._round(), "flush", awaited=True)
-        # Shielded: others wait for the same round.
-        await asyncio.shield(self._next)
+            self._next = []
+            self._volume.tasks.start(self._round(self._next), "flush")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._next.append(future)
+        return future
 
-    async def _round(self) -> None:
-        async with self.syncing:
-            # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
-            self._next = None
-            started_s = time.perf_counter()
-            await self._flush_noted()
-            self._volume.stats.flushes += 1
-            self._volume.stats.flush_s += time.perf_counter() - started_s
+    async def _round(self, waiting: "list[asyncio.Future[None]]") -> None:
+        try:
+            async with self.syncing:
+                # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
+                self._next = None
+                started_s = time.perf_counter()
+                await self._flush_noted()
+                self._volume.stats.flushes += 1
+                self._volume.stats.flush_s += time.perf_counter() - started_s
+        except asyncio.CancelledError:
+            if self._next is waiting:
+                self._next = None
+            for future in waiting:
+                future.cancel()
+            raise
+        except Exception as error:
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+        else:
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
 
     async def _flush_noted(self) -> None:
         volume = self._volume
         volume.check()
+        assert not volume.unsettled()
         journal = volume.journal
         changes = [(file, file.take_last_changes()) for file in volume.files.open_files.values()]
         # Also where data lies in the journal: it would overwrite what is only synced at home after a power cut.

@@ -56,9 +56,9 @@ class Handle:
         """See VolumeHandle."""
         await self._opened.slow.zero(offset, length, punch=punch, fast=fast, fua=fua)
 
-    async def flush(self) -> None:
+    def flush(self) -> "asyncio.Future[None]":
         """See VolumeHandle."""
-        await self._opened.flusher.flush()
+        return self._opened.flusher.flush()
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """See VolumeHandle."""

@@ -149,6 +149,7 @@ class _AtOnce:
         self._budget = budget
         self._answer = answer
         self.full = False
+        self.count = 0
 
     def add_read(self, cookie: int, offset: int, length: int) -> bool:
         self._answer(c.CMD_READ, cookie, bytes(self._disk.data[offset : offset + length]))

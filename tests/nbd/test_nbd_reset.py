@@ -57,9 +57,9 @@ def test_a_reset_in_the_middle_of_a_payload_ends_the_session(offset: int) -> Non
     uvloop.run(session_that_is_reset(send_half_of_a_write, shared))
 
 
-@pytest.mark.parametrize("command", [c.CMD_READ, c.CMD_WRITE], ids=["with an answer", "without one"])
+@pytest.mark.parametrize("command", [c.CMD_READ, c.CMD_WRITE], ids=["with a reply", "without one"])
 def test_a_reset_behind_a_short_message_ends_the_session(command: int) -> None:
-    """A turn that has sent an answer takes the socket for alive, and looks no further; another has to look."""
+    """A turn that sends a reply takes the socket for alive, and looks no further; another has to look."""
 
     def send_a_little(client: socket.socket) -> None:
         client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, 0, 4 * KIB) + b"1")

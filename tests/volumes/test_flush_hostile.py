@@ -319,7 +319,7 @@ async def test_a_flush_between_a_checkpoints_sync_and_its_freeze_speaks_for_what
         async with flusher.syncing:  # first in the queue: the checkpoint's first sync, the flush behind it
             checkpoint = asyncio.create_task(handle._opened.checkpointer.run())
             await until(lambda: len(flusher.syncing._waiters or ()) == 1)
-            flush = asyncio.create_task(handle.flush())
+            flush = handle.flush()
             await until(lambda: len(flusher.syncing._waiters or ()) == 2)
         await flush
         with pytest.raises(VolumeStopped):

@@ -2,6 +2,7 @@
 
 import asyncio
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from blockvirt.meta.records import BranchRecord, FileRecord
 from blockvirt.pool.backing import BackingFile, unlink_files
@@ -58,10 +59,14 @@ async def _mark_too_much(self: Flusher) -> None:
         journal.durable_sequence = max(journal.durable_sequence, upto)
 
 
+_rounds: "WeakKeyDictionary[Flusher, asyncio.Task[None]]" = WeakKeyDictionary()
+
+
 async def _join_the_running_one(self: Flusher) -> None:
-    if self._next is None or self._next.done():
-        self._next = self._volume.tasks.start(_whole_round(self), "flush", awaited=True)
-    await asyncio.shield(self._next)
+    running = _rounds.get(self)
+    if running is None or running.done():
+        running = _rounds[self] = self._volume.tasks.start(_whole_round(self), "flush", awaited=True)
+    await asyncio.shield(running)
 
 
 async def _whole_round(flusher: Flusher) -> None:
