@@ -146,14 +146,12 @@ def send(sock: socket.socket, parts: list[bytes | memoryview]) -> None:
 
 def negotiate(sock: socket.socket, size_bytes: int) -> bool:
     """True when the client has chosen the export, which it gets under every name; it must take structured replies."""
-    stream = sock.makefile("rb", buffering=0)
     sock.sendall(GREETING)
-    stream.read(4)
+    sock.recv(4, socket.MSG_WAITALL)
     structured = False
-    while header := stream.read(OPTION.size):
+    while len(header := sock.recv(OPTION.size, socket.MSG_WAITALL)) == OPTION.size:
         _, option, length = OPTION.unpack(header)
-        if length:
-            stream.read(length)
+        sock.recv(length, socket.MSG_WAITALL)
         kind = REP_ACK if option in (OPT_INFO, OPT_GO, OPT_STRUCTURED_REPLY) else REP_ERR_UNSUP
         if option in (OPT_INFO, OPT_GO):
             info = struct.pack(">HQH", 0, size_bytes, EXPORT_FLAGS)
