@@ -9,6 +9,7 @@ Who asks while one runs joins the next.
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from blockvirt.limits import FLUSH_EMBED_BYTES
 from blockvirt.pool.backing import BackingFile
@@ -38,7 +39,8 @@ class Flusher:
         self._volume.check()
         if self._next is None:
             self._next = []
-            self._volume.tasks.start(self._round(self._next), "flush")
+            task = self._volume.tasks.start(self._round(self._next), "flush")
+            task.add_done_callback(partial(self._ended, self._next))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._next.append(future)
         return future
@@ -52,12 +54,6 @@ class Flusher:
                 await self._flush_noted()
                 self._volume.stats.flushes += 1
                 self._volume.stats.flush_s += time.perf_counter() - started_s
-        except asyncio.CancelledError:
-            if self._next is waiting:
-                self._next = None
-            for future in waiting:
-                future.cancel()
-            raise
         except Exception as error:
             for future in waiting:
                 if not future.done():
@@ -66,6 +62,13 @@ class Flusher:
             for future in waiting:
                 if not future.done():
                     future.set_result(None)
+
+    def _ended(self, waiting: "list[asyncio.Future[None]]", _: "asyncio.Task[None]") -> None:
+        """Have nobody wait for a round that was cancelled, perhaps before its first step."""
+        if self._next is waiting:
+            self._next = None
+        for future in waiting:
+            future.cancel()
 
     async def _flush_noted(self) -> None:
         volume = self._volume
