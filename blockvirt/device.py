@@ -101,7 +101,7 @@ class VolumeHandle(Protocol):
     def flush(self) -> Coroutine[Any, Any, None] | asyncio.Future[None]:
         """Return what is done when every write that was replied to before the call survives power loss (I3).
 
-        On any connection. It has begun when the call returns, or is a coroutine that has not.
+        On any connection. A future: the flush has begun. A coroutine: it begins when awaited.
         """
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:

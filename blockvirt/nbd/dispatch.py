@@ -67,8 +67,8 @@ class Dispatcher:
         """Complete requests may be left in the buffer."""
         self.starved = False
         """The next request waits for budget or for a slow one to end."""
-        self.replying = False
-        """The last ``serve`` had something to send, or what was started will."""
+        self.replied = False
+        """The last ``serve`` had something to send."""
 
     def serve(self, most: int) -> int:
         """Work through the requests in the buffer, at most ``most``; settle, reply; return how many there were."""
@@ -93,7 +93,7 @@ class Dispatcher:
                     break
                 served += step is _Step.NEXT
         self._slow.start_reads()
-        self.replying = bool(self._out) or self._slow.count > 0
+        self.replied = bool(self._out)
         if self._out:
             self._answer()
         return served

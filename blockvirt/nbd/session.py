@@ -179,6 +179,7 @@ class Session:
     def _turn(self) -> None:
         """Serve what has arrived, up to one batch."""
         if not self._may_read():
+            self._watch(False)  # a slow reply that the socket did not take may have come while the reader was on
             self._budget.stop_waiting()
             return
         dispatch, limits = self._dispatch, self._limits
@@ -210,14 +211,13 @@ class Session:
                 self._pause()
                 return
             if left <= 0 or finished > deadline:
-                # Not only for what is left in the buffer: the socket may hold more, and uvloop calls the reader of one
-                # that was reset only once. So nobody rests before the socket was found empty: by a look in vain, or
-                # by one that brought less than it could and then a reply, which no socket takes that was reset.
-                self._schedule()
+                self._schedule()  # not only for what is left in the buffer: the socket may hold more
                 return
             if self._stats.in_flight:  # what this turn started waits for the loop, its reply for a thread
                 looks, may_spin = 0, False
-            if not may_spin and dispatch.replying and self._incoming.emptied and not dispatch.backlog:
+            # uvloop calls the reader only once after a reset, perhaps for this turn. So nobody rests before a look in
+            # vain; or after one that brought less than it could and a reply since, which no socket takes after a reset.
+            if not may_spin and dispatch.replied and self._incoming.emptied and not dispatch.backlog:
                 self._rest(False)
                 return
             now = finished

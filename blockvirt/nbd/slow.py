@@ -1,4 +1,4 @@
-"""Requests that cannot be answered on the spot: each runs in a task, bounded in number and bytes, in any order."""
+"""Requests that cannot be answered on the spot: they run beside the turns, bounded in number and size, in any order."""
 
 import asyncio
 import logging
@@ -171,7 +171,7 @@ class SlowLane:
         return True
 
     def _start_flush(self, cookie: int) -> None:
-        """Have the volume flush. Where that is a future no task waits for it: a flush feels each pass of the loop."""
+        """Have the volume flush. No task waits for a future: each pass of the loop more shows in a flush's latency."""
         self.count += 1
         self._stats.in_flight += 1
         began_s = perf_counter()
@@ -187,14 +187,13 @@ class SlowLane:
 
     def _flushed(self, cookie: int, began_s: float, flushed: "asyncio.Future[None]") -> None:
         self._flushes.discard(flushed)
-        if not flushed.cancelled():
-            failure = flushed.exception()
-            if failure is None:
-                self._sink.slow_reply((done(cookie),), None)
-            elif isinstance(failure, ShuttingDown):
-                self._sink.abandon("the volume is shutting down")
-            else:
-                self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None)
+        failure = ShuttingDown("a flush was cancelled") if flushed.cancelled() else flushed.exception()
+        if failure is None:
+            self._sink.slow_reply((done(cookie),), None)
+        elif isinstance(failure, ShuttingDown):
+            self._sink.abandon("the volume is shutting down")
+        else:
+            self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None)
         self._ended(c.CMD_FLUSH, began_s, 1, 0)
 
     async def _status(self, flags: int, cookie: int, offset: int, length: int) -> Sequence[Part]:

@@ -32,7 +32,7 @@ class Flusher:
         """Who waits for the round that has not begun."""
 
     def flush(self) -> "asyncio.Future[None]":
-        """Return what is done when every write replied to before the call is durable; raises, or has, VolumeStopped.
+        """Return what is done when every write replied to before the call is durable. It, or the call: VolumeStopped.
 
         It is the caller's own: to cancel it takes nothing from others who wait for the same round.
         """

@@ -13,6 +13,7 @@ from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.units import KIB, MIB
 from tests.nbd.conftest import PATIENCE_S, Bench
+from tests.volumes.conftest import until
 
 
 def sessions(bench: Bench) -> list[Session]:
@@ -48,6 +49,25 @@ async def test_a_client_that_never_reads_replies_costs_little(bench: Bench, shar
     assert session.traffic.requests[c.CMD_READ] < 20
     neighbour = await bench.enter()
     assert await neighbour.read(0, MIB) == bytes(MIB)
+    bench.server.drop(bench.server.sessions()[0].id)
+
+
+async def test_a_session_that_cannot_send_leaves_the_loop_alone(
+    bench: Bench, shared: SharedResources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slow replies have filled the socket while it was waiting for requests; then one more comes."""
+    bench.disk.now = False
+    client = await bench.enter()
+    client._writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send_raw(b"".join(read_request(1000 + n, MIB) for n in range(12)))
+    (session,) = sessions(bench)
+    await until(lambda: bool(session._outgoing.pending) and not session.in_flight)
+    turns, turn = [], session._turn
+    monkeypatch.setattr(session, "_turn", lambda: turns.append(turn()))
+    client.send_raw(read_request(99, 4096))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert len(turns) == 1, "the one that found that it has to wait"
     bench.server.drop(bench.server.sessions()[0].id)
 
 

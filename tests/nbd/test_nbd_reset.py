@@ -18,13 +18,16 @@ from blockvirt.nbd.shared import SharedResources
 from blockvirt.testing.memory_volume import MemoryDisk, MemoryExports
 from blockvirt.units import KIB, MIB
 from tests.nbd.conftest import PATIENCE_S
+from tests.volumes.conftest import until
 
 _RESET = struct.pack("ii", 1, 0)
 
 
-async def session_that_is_reset(send: Callable[[socket.socket], None], shared: SharedResources) -> None:
+async def session_that_is_reset(
+    send: Callable[[socket.socket], None], shared: SharedResources, disk: MemoryDisk | None = None
+) -> None:
     """Open an export, send something and reset, before the server has read any of it."""
-    server = NbdServer(MemoryExports({"v": MemoryDisk(8 * MIB)}), shared=shared)
+    server = NbdServer(MemoryExports({"v": disk or MemoryDisk(8 * MIB)}), shared=shared)
     (address,) = await server.listen_tcp("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
     with socket.create_connection(address) as client:
@@ -35,6 +38,10 @@ async def session_that_is_reset(send: Callable[[socket.socket], None], shared: S
             await asyncio.wait_for(loop.sock_recv(client, 64 * KIB), PATIENCE_S)
         send(client)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    async with asyncio.timeout(PATIENCE_S):
+        await until(lambda: not server.sessions())
+    for gate in disk.gates.values() if disk is not None else ():
+        gate.let_go()
     async with asyncio.timeout(PATIENCE_S):
         await server.all_closed()
     await server.stop()
@@ -65,3 +72,13 @@ def test_a_reset_behind_a_short_message_ends_the_session(command: int) -> None:
         client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, 0, 4 * KIB) + b"1")
 
     uvloop.run(session_that_is_reset(send_a_little, SharedResources()))
+
+
+def test_a_reset_is_noticed_while_a_request_is_under_way() -> None:
+    disk = MemoryDisk(8 * MIB)
+    disk.block("flush")
+
+    def send_a_flush(client: socket.socket) -> None:
+        client.send(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_FLUSH, 1, 0, 0))
+
+    uvloop.run(session_that_is_reset(send_a_flush, SharedResources(), disk))
