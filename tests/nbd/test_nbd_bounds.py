@@ -62,7 +62,7 @@ async def test_a_session_that_cannot_send_leaves_the_loop_alone(
     client.send_raw(b"".join(read_request(1000 + n, MIB) for n in range(12)))
     (session,) = sessions(bench)
     await until(lambda: bool(session._outgoing.pending) and not session.in_flight)
-    turns, turn = [], session._turn
+    turns, turn = list[None](), session._turn
     monkeypatch.setattr(session, "_turn", lambda: turns.append(turn()))
     client.send_raw(read_request(99, 4096))
     for _ in range(200):
