@@ -10,7 +10,7 @@ from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.buffers import SMALL_BYTES
 from blockvirt.nbd.incoming import Incoming
-from blockvirt.nbd.messages import REQUEST
+from blockvirt.nbd.messages import REQUEST, REQUEST_HEAD, SIMPLE_REPLY, request_head
 from blockvirt.nbd.outgoing import Outgoing, Part
 from blockvirt.nbd.slow import SlowLane
 from blockvirt.nbd.stats import ServerStats, Traffic
@@ -19,6 +19,9 @@ from blockvirt.nbd.transmission import ExportView, Replies, done, explain, judge
 log = logging.getLogger("blockvirt.nbd")
 
 _HEADER_BYTES = REQUEST.size
+_TYPE_MASK = 0xFFFF
+_NO_HEAD = 0
+"""No request begins with it."""
 
 
 class _Step(Enum):
@@ -54,9 +57,12 @@ class Dispatcher:
         self._stats = stats
         self._finish = finish
         self._abandon = abandon
-        self._harmless_read_flags = c.CMD_FLAG_FUA | (c.CMD_FLAG_DF if view.structured else 0)
+        harmless = [0, c.CMD_FLAG_FUA] + [c.CMD_FLAG_DF, c.CMD_FLAG_FUA | c.CMD_FLAG_DF] * view.structured
+        self._read_heads = frozenset(request_head(flags, c.CMD_READ) for flags in harmless)
+        self._write_head = _NO_HEAD if view.read_only else request_head(0, c.CMD_WRITE)
         self._out: list[Part] = []
-        self._wrote: list[tuple[int, int]] = []
+        self._wrote: list[int] = []
+        """Which of ``_out`` answer writes of this batch."""
         self._refused: tuple[int, int, str] | None = None
         self._fast_reads = 0
         self._fast_writes = 0
@@ -101,46 +107,51 @@ class Dispatcher:
     def _fast(self, most: int) -> int:
         """Answer requests on the spot until one is not so simple; return how many were answered."""
         incoming, outgoing = self._incoming, self._outgoing
-        view, low, high = incoming.view, incoming.low, incoming.high
-        arena, used, room = outgoing.arena, outgoing.used, len(outgoing.arena)
-        size, writable, harmful = self._view.size_bytes, not self._view.read_only, ~self._harmless_read_flags
+        view, low, high, used = incoming.view, incoming.low, incoming.high, outgoing.used
+        arena, last = outgoing.arena, high - _HEADER_BYTES
+        room, size, read_heads, write_head = len(arena), self._view.size_bytes, self._read_heads, self._write_head
         read_now, write_now, data = self._handle.read_now, self._handle.write_now, self._replies.data
-        unpack, out, wrote = REQUEST.unpack_from, self._out, self._wrote
-        add_read = self._slow.add_read
+        unpack, out, wrote = REQUEST_HEAD.unpack_from, self._out, self._wrote
         reads = cold = writes = bytes_read = bytes_written = 0
-        command = cookie = length = 0
+        head = cookie = length = 0
         try:
-            while high - low >= _HEADER_BYTES and reads + writes + cold < most:
-                magic, flags, command, cookie, offset, length = unpack(view, low)
-                if magic != c.REQUEST_MAGIC or offset + length > size or not length:
+            for _ in range(most):
+                if low > last:
                     break
-                if command == c.CMD_READ and length <= room - used and not flags & harmful:
-                    into = arena[used : used + length]
+                head, cookie, offset, length = unpack(view, low)
+                if offset + length > size or not length:
+                    break
+                if head in read_heads:
+                    end = used + length
+                    if end > room:
+                        break
+                    into = arena[used:end]
                     if read_now(offset, into):
                         out.append(data(cookie, offset, length))
                         out.append(into)
-                        used += length
+                        used = end
                         reads += 1
-                    elif length <= SMALL_BYTES and add_read(cookie, offset, length):
+                    elif length <= SMALL_BYTES and self._slow.add_read(cookie, offset, length):
                         cold += 1
                     else:
                         break
                     low += _HEADER_BYTES
                     bytes_read += length
-                elif command == c.CMD_WRITE and not flags and writable and length <= high - low - _HEADER_BYTES:
+                elif head == write_head:
                     start = low + _HEADER_BYTES
-                    if length > NBD_MAX_PAYLOAD_BYTES or not write_now(offset, view[start : start + length]):
+                    end = start + length
+                    if end > high or length > NBD_MAX_PAYLOAD_BYTES or not write_now(offset, view[start:end]):
                         break
-                    wrote.append((len(out), cookie))
+                    wrote.append(len(out))
                     out.append(done(cookie))
-                    low = start + length
+                    low = end
                     writes += 1
                     bytes_written += length
                 else:
                     break
         except Exception as error:
-            self._failed(command, cookie, error)
-            low += _HEADER_BYTES + (length if command == c.CMD_WRITE else 0)
+            self._failed(head & _TYPE_MASK, cookie, error)
+            low += _HEADER_BYTES + (length if head == write_head else 0)
         if not self._closed:
             incoming.low, outgoing.used = low, used
         traffic = self.traffic
@@ -300,8 +311,9 @@ class Dispatcher:
                 # None of these writes is known to survive: not one of them may be acknowledged (I3b, I7)
                 log.warning("nbd %s: %d writes not acknowledged: %s", self._name, len(wrote), error)
                 code, text = explain(error)
-                for place, cookie in wrote:
+                for place in wrote:
                     self._stats.error(code)
+                    _, _, cookie = SIMPLE_REPLY.unpack(out[place])
                     out[place] = self._replies.error(cookie, code, text)
         self._outgoing.send(out)
 

@@ -19,6 +19,8 @@ OPTION_REPLY = struct.Struct(">QIII")
 EXPORT_NAME_REPLY = struct.Struct(">QH")
 REQUEST = struct.Struct(">IHHQQI")
 """magic, command flags, type, cookie, offset, length."""
+REQUEST_HEAD = struct.Struct(">QQQI")
+"""The same with magic, command flags and type as one number: one comparison tells a request of the usual kind."""
 SIMPLE_REPLY = struct.Struct(">IIQ")
 """magic, error, cookie."""
 CHUNK = struct.Struct(">IHHQI")
@@ -42,6 +44,11 @@ class Malformed(Exception):
 
 class TooBig(Malformed):
     """A client message that asks for more than a limit allows."""
+
+
+def request_head(flags: int, command: int) -> int:
+    """Return the first number of REQUEST_HEAD."""
+    return c.REQUEST_MAGIC << 32 | flags << 16 | command
 
 
 def transmission_flags(capabilities: Capabilities, *, structured: bool) -> int:

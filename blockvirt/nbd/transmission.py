@@ -5,15 +5,22 @@ follow proto.md, "Error values", and where that is silent what most servers do (
 """
 
 import errno
+import struct
 from dataclasses import dataclass
 from typing import Protocol
 
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
-from blockvirt.nbd.messages import CHUNK, DATA_CHUNK, SIMPLE_REPLY, error_chunk
+from blockvirt.nbd.messages import CHUNK, SIMPLE_REPLY, error_chunk
 
 OK = 0
+
+# SIMPLE_REPLY and DATA_CHUNK with what is always the same in front as one number: it is packed for each request.
+_SUCCESS = struct.Struct(">QQ")
+_SUCCESS_HEAD = c.SIMPLE_REPLY_MAGIC << 32
+_DATA = struct.Struct(">QQIQ")
+_DATA_HEAD = c.STRUCTURED_REPLY_MAGIC << 32 | c.REPLY_FLAG_DONE << 16 | c.REPLY_OFFSET_DATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ def done(cookie: int) -> bytes:
     "If structured replies have been negotiated, a simple reply MAY be used as a reply to any request other than
     NBD_CMD_READ, but only if the reply has no data payload": it is the shorter one.
     """
-    return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+    return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
 
 
 class SimpleReplies:
@@ -120,11 +127,11 @@ class SimpleReplies:
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         """Return the header before the data."""
-        return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+        return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
 
     def no_data(self, cookie: int) -> bytes:
         """Return the reply to a read of nothing."""
-        return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+        return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
 
     def error(self, cookie: int, code: int, text: str) -> bytes:
         """Return an error; a simple reply has no room for the text."""
@@ -136,9 +143,7 @@ class StructuredReplies:
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         """Return the chunk header and offset before the data."""
-        return DATA_CHUNK.pack(
-            c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_OFFSET_DATA, cookie, length + 8, offset
-        )
+        return _DATA.pack(_DATA_HEAD, cookie, length + 8, offset)
 
     def no_data(self, cookie: int) -> bytes:
         """Return a NONE chunk: "each chunk MUST describe at least one byte", and a read MUST NOT be answered simply."""

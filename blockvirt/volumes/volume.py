@@ -81,8 +81,9 @@ class Volume:
         within = offset & self._mask
         if within + length > self.chunk_bytes:
             return self._read_span(offset, into)
-        leaf = self._leaves.get(chunk >> SLOT_BITS)
-        if leaf is None:
+        try:
+            leaf = self._leaves[chunk >> SLOT_BITS]
+        except KeyError:
             leaf = self.map.leaf(chunk >> SLOT_BITS)
         leaf.touched = True
         entry = leaf.entries[chunk & SLOT_MASK]
@@ -91,7 +92,10 @@ class Volume:
         if not entry:
             into[:] = ZEROS[:length]
             return True
-        file = self._open_files.get((entry >> 28) & FILE_MASK) or self.files.get(file_of(entry))
+        try:
+            file = self._open_files[(entry >> 28) & FILE_MASK]
+        except KeyError:
+            file = self.files.get(file_of(entry))
         return file.read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
 
     def _read_span(self, offset: int, into: memoryview) -> bool:

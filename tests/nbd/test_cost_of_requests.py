@@ -53,9 +53,9 @@ LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 
 """Of the leaf that new chunks lie in."""
 
 COSTS = {
-    "read 4 KiB, depth 1": Cost(64, 2510, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
-    "read 4 KiB, depth 32": Cost(64, 872, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
-    "read 4 KiB, depth 8, 4 connections": Cost(64, 1184, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
+    "read 4 KiB, depth 1": Cost(64, 2382, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
+    "read 4 KiB, depth 32": Cost(64, 744, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
+    "read 4 KiB, depth 8, 4 connections": Cost(64, 1056, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
     "read 1 MiB": Cost(8, 429, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
     "write 4 KiB, depth 1": Cost(64, 2766, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, header and payload apart": Cost(64, 2830, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
