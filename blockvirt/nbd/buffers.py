@@ -27,10 +27,12 @@ _EXACT = -1
 class Buffer:
     """One buffer of a pool. ``charge_bytes`` is what it counts in a budget: nothing for a small one."""
 
-    __slots__ = ("capacity_bytes", "charge_bytes", "kind", "view")
+    __slots__ = ("capacity_bytes", "charge_bytes", "kind", "used", "view")
 
     def __init__(self, kind: int, exact_bytes: int = 0) -> None:
         self.kind = kind
+        self.used = True
+        """It was out since the last trim."""
         if exact_bytes:
             self.capacity_bytes = self.charge_bytes = exact_bytes
             self.view = memoryview(bytearray(exact_bytes))
@@ -65,9 +67,12 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._free: list[list[Buffer]] = [[] for _ in SIZES_BYTES]
-        self._least_free = [0] * len(SIZES_BYTES)
-        self.lent = 0
+        self._made = 0
+
+    @property
+    def lent(self) -> int:
         """How many buffers are out."""
+        return self._made - sum(map(len, self._free))
 
     @property
     def kept_bytes(self) -> int:
@@ -77,37 +82,39 @@ class BufferPool:
     def take(self, length_bytes: int) -> Buffer:
         """Return a buffer for ``length_bytes``; its content is whatever was in it."""
         kind = 0 if length_bytes <= SMALL_BYTES else kind_for(length_bytes)
-        self.lent += 1
         free = self._free[kind]
-        if not free:
-            return Buffer(kind)
-        buffer = free.pop()
-        if len(free) < self._least_free[kind]:
-            self._least_free[kind] = len(free)
-        return buffer
+        if free:
+            buffer = free.pop()
+            buffer.used = True
+            return buffer
+        self._made += 1
+        return Buffer(kind)
 
     def take_for_slow(self, length_bytes: int) -> Buffer:
         """Return a buffer for one slow request: of just its size if that is small."""
         if length_bytes > SMALL_BYTES:
             return self.take(length_bytes)
-        self.lent += 1
+        self._made += 1
         return Buffer(_EXACT, length_bytes)
 
     def give(self, buffer: Buffer) -> None:
         """Take back a buffer of which nobody has a view any more."""
-        self.lent -= 1
-        if buffer.kind == _EXACT:
-            return
-        free = self._free[buffer.kind]
-        if len(free) < _KEPT[buffer.kind]:
-            free.append(buffer)
+        kind = buffer.kind
+        if kind != _EXACT:
+            free = self._free[kind]
+            if len(free) < _KEPT[kind]:
+                free.append(buffer)
+                return
+        self._made -= 1
 
     def write_off(self, _buffer: Buffer) -> None:
         """Let go of a buffer that somebody may still have a view of: its memory lives until they let go too."""
-        self.lent -= 1
+        self._made -= 1
 
     def trim(self) -> None:
         """Drop the buffers that were not needed since the last call; called every few seconds."""
-        for kind, free in enumerate(self._free):
-            del free[: self._least_free[kind]]
-            self._least_free[kind] = len(free)
+        for free in self._free:
+            self._made -= sum(not buffer.used for buffer in free)
+            free[:] = [buffer for buffer in free if buffer.used]
+            for buffer in free:
+                buffer.used = False

@@ -10,16 +10,31 @@ from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.buffers import SMALL_BYTES
 from blockvirt.nbd.incoming import Incoming
-from blockvirt.nbd.messages import REQUEST, REQUEST_HEAD, SIMPLE_REPLY, request_head
+from blockvirt.nbd.messages import REQUEST, REQUEST_HEAD, request_head
 from blockvirt.nbd.outgoing import Outgoing, Part
 from blockvirt.nbd.slow import SlowLane
 from blockvirt.nbd.stats import ServerStats, Traffic
-from blockvirt.nbd.transmission import ExportView, Replies, done, explain, judge
+from blockvirt.nbd.transmission import (
+    DATA,
+    DATA_HEAD,
+    SUCCESS,
+    SUCCESS_HEAD,
+    ExportView,
+    Replies,
+    all_done,
+    done,
+    explain,
+    judge,
+)
 
 log = logging.getLogger("blockvirt.nbd")
 
 _HEADER_BYTES = REQUEST.size
 _TYPE_MASK = 0xFFFF
+_ALIGNED_BYTES = 64
+_READ_MARGIN_BYTES = DATA.size + _ALIGNED_BYTES
+"""The most that a read takes in an arena beside its data."""
+_SMALL_READ_BYTES = SMALL_BYTES - _READ_MARGIN_BYTES
 _NO_HEAD = 0
 """No request begins with it."""
 
@@ -57,12 +72,16 @@ class Dispatcher:
         self._stats = stats
         self._finish = finish
         self._abandon = abandon
+        # For _fast, which looks them up in each turn:
+        self._read_now, self._write_now = handle.read_now, handle.write_now
+        self._size_bytes, self._structured = view.size_bytes, view.structured
+        self._data_header_bytes = DATA.size if view.structured else SUCCESS.size
         harmless = [0, c.CMD_FLAG_FUA] + [c.CMD_FLAG_DF, c.CMD_FLAG_FUA | c.CMD_FLAG_DF] * view.structured
         self._read_heads = frozenset(request_head(flags, c.CMD_READ) for flags in harmless)
         self._write_head = _NO_HEAD if view.read_only else request_head(0, c.CMD_WRITE)
         self._out: list[Part] = []
-        self._wrote: list[int] = []
-        """Which of ``_out`` answer writes of this batch."""
+        self._wrote: list[bytes] = []
+        """Cookies of this batch's writes."""
         self._refused: tuple[int, int, str] | None = None
         self._fast_reads = 0
         self._fast_writes = 0
@@ -79,9 +98,10 @@ class Dispatcher:
     def serve(self, most: int) -> int:
         """Work through the requests in the buffer, at most ``most``; settle, reply; return how many there were."""
         incoming = self._incoming
-        self.backlog = False
+        if self.backlog:
+            self.backlog = False
+            incoming.unpark()  # where nothing was received since it was parked
         self._outgoing.open_arena()
-        incoming.unpark()
         served = 0
         if not incoming.skip_bytes or self._skip():
             while True:
@@ -98,9 +118,10 @@ class Dispatcher:
                 if step is _Step.STOP:
                     break
                 served += step is _Step.NEXT
-        self._slow.start_reads()
-        self.replied = bool(self._out)
-        if self._out:
+        if self._slow.added:
+            self._slow.start_reads()
+        self.replied = bool(self._out or self._wrote)
+        if self.replied:
             self._answer()
         return served
 
@@ -108,12 +129,14 @@ class Dispatcher:
         """Answer requests on the spot until one is not so simple; return how many were answered."""
         incoming, outgoing = self._incoming, self._outgoing
         view, low, high, used = incoming.view, incoming.low, incoming.high, outgoing.used
-        arena, last = outgoing.arena, high - _HEADER_BYTES
-        room, size, read_heads, write_head = len(arena), self._view.size_bytes, self._read_heads, self._write_head
-        read_now, write_now, data = self._handle.read_now, self._handle.write_now, self._replies.data
-        unpack, out, wrote = REQUEST_HEAD.unpack_from, self._out, self._wrote
+        arena, ready, last = outgoing.arena, used, high - _HEADER_BYTES
+        room = len(arena) if len(arena) <= SMALL_BYTES else 0  # a large one is filled by _read
+        size, structured = self._size_bytes, self._structured
+        read_heads, write_head = self._read_heads, self._write_head
+        read_now, write_now, unpack, wrote = self._read_now, self._write_now, REQUEST_HEAD.unpack_from, self._wrote
+        put_data, put_success, header_bytes = DATA.pack_into, SUCCESS.pack_into, self._data_header_bytes
         reads = cold = writes = bytes_read = bytes_written = 0
-        head = cookie = length = 0
+        head, cookie, length = _NO_HEAD, b"", 0
         try:
             for _ in range(most):
                 if low > last:
@@ -122,16 +145,18 @@ class Dispatcher:
                 if offset + length > size or not length:
                     break
                 if head in read_heads:
-                    end = used + length
+                    start = used + header_bytes
+                    end = start + length
                     if end > room:
                         break
-                    into = arena[used:end]
-                    if read_now(offset, into):
-                        out.append(data(cookie, offset, length))
-                        out.append(into)
+                    if read_now(offset, arena[start:end]):
+                        if structured:
+                            put_data(arena, used, DATA_HEAD, cookie, length + 8, offset)
+                        else:
+                            put_success(arena, used, SUCCESS_HEAD, cookie)
                         used = end
                         reads += 1
-                    elif length <= SMALL_BYTES and self._slow.add_read(cookie, offset, length):
+                    elif self._slow.add_read(int.from_bytes(cookie), offset, length):
                         cold += 1
                     else:
                         break
@@ -142,18 +167,21 @@ class Dispatcher:
                     end = start + length
                     if end > high or length > NBD_MAX_PAYLOAD_BYTES or not write_now(offset, view[start:end]):
                         break
-                    wrote.append(len(out))
-                    out.append(done(cookie))
+                    wrote.append(cookie)
                     low = end
                     writes += 1
                     bytes_written += length
                 else:
                     break
         except Exception as error:
-            self._failed(head & _TYPE_MASK, cookie, error)
+            command = head & _TYPE_MASK
+            self._count(command)
+            self._failed(command, int.from_bytes(cookie), error)
             low += _HEADER_BYTES + (length if head == write_head else 0)
         if not self._closed:
             incoming.low, outgoing.used = low, used
+            if ready < used:
+                self._out.append(arena[ready:used])
         traffic = self.traffic
         if reads or cold:
             traffic.requests[c.CMD_READ] += reads + cold
@@ -205,23 +233,41 @@ class Dispatcher:
 
     def _read(self, cookie: int, offset: int, length: int) -> _Step:
         outgoing = self._outgoing
-        if length > len(outgoing.arena) - outgoing.used:
+        if length > len(outgoing.arena) - outgoing.used - _READ_MARGIN_BYTES:
             if self._out:
                 self.backlog = True  # send first: that empties the arena
                 return _Step.STOP
             if self._slow.full:  # asked before the arena is opened: _make_room gives that back, and would go in circles
                 return self._make_room()
-            if length > len(outgoing.arena):
-                return _Step.AGAIN if outgoing.open_arena(length) else self._make_room()
+            if not outgoing.open_arena(length + _READ_MARGIN_BYTES):
+                return self._make_room()
+        if len(outgoing.arena) > SMALL_BYTES and self._large_read(cookie, offset, length):
+            return _Step.STOP if self._closed else self._started(True, _HEADER_BYTES)
         if self._slow.full:
             return self._make_room()
-        if not outgoing.used and outgoing.charged and length > SMALL_BYTES:
+        if not outgoing.used and outgoing.charged and length > _SMALL_READ_BYTES:
             # The volume cannot answer at once: the task takes the arena along. To give it back and take another would
             # let two connections wait for each other in turns, for ever.
             self._slow.start_read(cookie, offset, length, outgoing.detach_arena())
             outgoing.open_arena()
             return self._started(True, _HEADER_BYTES)
         return self._started(self._slow.add_read(cookie, offset, length), _HEADER_BYTES)
+
+    def _large_read(self, cookie: int, offset: int, length: int) -> bool:
+        """Answer a read on the spot, data and header in two pieces: what lies askew is slower to copy in such sizes."""
+        outgoing = self._outgoing
+        start = -(-outgoing.used // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        into = outgoing.arena[start : start + length]
+        try:
+            if not self._read_now(offset, into):
+                return False
+        except Exception as error:
+            self._failed(c.CMD_READ, cookie, error)
+            return True
+        self._out += (self._replies.data(cookie, offset, length), into)
+        outgoing.used = start + length
+        self._fast_reads += 1
+        return True
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> _Step:
         incoming, slow = self._incoming, self._slow
@@ -248,7 +294,7 @@ class Dispatcher:
         """There is no budget or slot for a request: give back what is not needed and try again, else wait."""
         self.backlog = True
         outgoing = self._outgoing
-        if self._out:
+        if self._out or self._wrote:
             return _Step.STOP  # sending may free more
         if outgoing.charged:
             outgoing.rest()
@@ -294,7 +340,6 @@ class Dispatcher:
             return
         if not isinstance(error, BlockvirtError | OSError):
             log.exception("nbd %s: %s failed unexpectedly", self._name, c.COMMAND_NAMES[command], exc_info=error)
-        self._count(command)
         self._error(cookie, *explain(error))
 
     def _answer(self) -> None:
@@ -311,10 +356,11 @@ class Dispatcher:
                 # None of these writes is known to survive: not one of them may be acknowledged (I3b, I7)
                 log.warning("nbd %s: %d writes not acknowledged: %s", self._name, len(wrote), error)
                 code, text = explain(error)
-                for place in wrote:
+                for cookie in wrote:
                     self._stats.error(code)
-                    _, _, cookie = SIMPLE_REPLY.unpack(out[place])
-                    out[place] = self._replies.error(cookie, code, text)
+                    out.append(self._replies.error(int.from_bytes(cookie), code, text))
+            else:
+                out.append(all_done(wrote))
         self._outgoing.send(out)
 
     def _count(self, command: int, length: int = 0) -> None:

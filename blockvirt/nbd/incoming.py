@@ -90,22 +90,16 @@ class Incoming:
                 size = self._expected_bytes
             else:
                 self._budget.stop_waiting()  # it would only have saved a copy
-        self._restore(size)
-
-    def _restore(self, size_bytes: int = 0) -> None:
         parked, self._parked = self._parked, b""
-        if not parked:
-            self._hold(self._pool.take(size_bytes))
-            return
-        self._hold(self._pool.take(max(size_bytes, len(parked))))
-        self.high = len(parked)
-        self.view[: self.high] = parked
+        self._hold(size, parked)
 
-    def _hold(self, buffer: Buffer) -> None:
-        self._buffer = buffer
-        self.view = buffer.view
-        self.low = self.high = 0
-        self._limit = SMALL_BYTES
+    def _hold(self, size_bytes: int, content: bytes | memoryview = b"") -> None:
+        """Take a buffer of at least ``size_bytes`` with ``content`` at its beginning."""
+        high = len(content)
+        buffer = self._pool.take(size_bytes if size_bytes > high else high)
+        self._buffer, self.view, self.low, self.high, self._limit = buffer, buffer.view, 0, high, SMALL_BYTES
+        if high:
+            self.view[:high] = content
 
     def expect(self, need_bytes: int) -> bool:
         """Make room for the request at ``low``, which has ``need_bytes`` in all. False: the budget is spent for now."""
@@ -126,18 +120,9 @@ class Incoming:
         if not self._budget.take(charge_for(need_bytes)):
             return False
         kept = self.view[self.low : self.high]
-        old = self._buffer
-        self._hold(self._pool.take(need_bytes))
-        self.high = len(kept)
-        self.view[: self.high] = kept
-        self._release(old)
+        self._drop_buffer()  # its content is there until somebody else takes it
+        self._hold(need_bytes, kept)
         return True
-
-    def _release(self, buffer: Buffer | None) -> None:
-        if buffer is not None:
-            self._pool.give(buffer)
-            if buffer.charge_bytes:
-                self._budget.give(buffer.charge_bytes)
 
     def detach(self, request_bytes: int) -> Buffer | None:
         """Give away the buffer with the complete request at ``low``, charge and all; None if it is small: copy it."""
@@ -147,7 +132,7 @@ class Incoming:
         assert given is not None
         assert given.charge_bytes, "a large request in a small buffer"
         assert self.high - self.low == request_bytes, "a charged buffer received more than its request"
-        self._restore()
+        self._hold(SMALL_BYTES)
         return given
 
     def park(self) -> None:
@@ -163,9 +148,9 @@ class Incoming:
         """Exchange a charged buffer for a small one where what it holds fits: before waiting for more of the budget."""
         if not self.charged or self.high - self.low > SMALL_BYTES:
             return False
-        self._parked = bytes(self.view[self.low : self.high])
+        kept = bytes(self.view[self.low : self.high])
         self._drop_buffer()
-        self._restore()
+        self._hold(SMALL_BYTES, kept)
         return True
 
     def close(self) -> None:
@@ -174,7 +159,9 @@ class Incoming:
         self._drop_buffer()
 
     def _drop_buffer(self) -> None:
-        buffer, self._buffer = self._buffer, None
-        self.view = _NOTHING
-        self.low = self.high = 0
-        self._release(buffer)
+        buffer = self._buffer
+        if buffer is not None:
+            self._buffer, self.view, self.low, self.high = None, _NOTHING, 0, 0
+            self._pool.give(buffer)
+            if buffer.charge_bytes:
+                self._budget.give(buffer.charge_bytes)

@@ -19,8 +19,8 @@ OPTION_REPLY = struct.Struct(">QIII")
 EXPORT_NAME_REPLY = struct.Struct(">QH")
 REQUEST = struct.Struct(">IHHQQI")
 """magic, command flags, type, cookie, offset, length."""
-REQUEST_HEAD = struct.Struct(">QQQI")
-"""The same with magic, command flags and type as one number: one comparison tells a request of the usual kind."""
+REQUEST_HEAD = struct.Struct(">Q8sQI")
+"""The same with magic, command flags and type as one number, which one comparison tells, and the cookie as it came."""
 SIMPLE_REPLY = struct.Struct(">IIQ")
 """magic, error, cookie."""
 CHUNK = struct.Struct(">IHHQI")

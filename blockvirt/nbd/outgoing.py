@@ -79,10 +79,9 @@ class Outgoing:
         return True
 
     def _drop_arena(self) -> None:
-        arena, self._arena = self._arena, None
-        self.arena = _NOTHING
-        self.used = 0
+        arena = self._arena
         if arena is not None:
+            self._arena, self.arena, self.used = None, _NOTHING, 0
             self._pool.give(arena)
             if arena.charge_bytes:
                 self._budget.give(arena.charge_bytes)

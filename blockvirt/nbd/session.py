@@ -156,13 +156,11 @@ class Session:
 
     def _scheduled_turn(self) -> None:
         self._scheduled = False
-        self._guarded_turn()
+        self._readable()
 
     def _readable(self) -> None:
-        if not self._scheduled:
-            self._guarded_turn()
-
-    def _guarded_turn(self) -> None:
+        if self._scheduled:
+            return
         try:
             self._turn()
         except Exception:  # our own mistake: it may cost this connection, not the others
@@ -243,7 +241,8 @@ class Session:
         self._outgoing.rest()
         if self._incoming.charged:
             self._watch_stall()
-        self._watch(True)
+        if not self._reading:
+            self._watch(True)
 
     def _pause(self) -> None:
         """Stop reading until output is sent, a slow request ends, or there is budget again."""

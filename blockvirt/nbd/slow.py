@@ -69,8 +69,9 @@ class SlowLane:
         self._changing: set[asyncio.Task[None]] = set()
         self._flushes: set[asyncio.Future[None]] = set()
         self._abandoned = False
-        self._added: list[tuple[int, int, int]] = []
         self._added_bytes = 0
+        self.added: list[tuple[int, int, int]] = []
+        """Reads (cookie, offset, length) that wait for ``start_reads``."""
         self.count = 0
         """How many are in flight."""
 
@@ -78,16 +79,16 @@ class SlowLane:
         """Keep a read for the next ``start_reads``, which the caller owes within its turn."""
         if self.full or not self._budget.take(charge_for_slow(length)):
             return False
-        if self._added_bytes + length > SMALL_BYTES or len(self._added) >= _READS_TOGETHER:
+        if self._added_bytes + length > SMALL_BYTES or len(self.added) >= _READS_TOGETHER:
             self.start_reads()
-        self._added.append((cookie, offset, length))
+        self.added.append((cookie, offset, length))
         self._added_bytes += length
         return True
 
     def start_reads(self) -> None:
         """Have the volume do what was added, in one piece, into one buffer."""
-        if self._added:
-            added, self._added = self._added, []
+        if self.added:
+            added, self.added = self.added, []
             buffer, self._added_bytes = self._pool.take_for_slow(self._added_bytes), 0
             self._start_reads(added, buffer)
 
@@ -123,7 +124,7 @@ class SlowLane:
     @property
     def full(self) -> bool:
         """Whether as many are in flight as may be."""
-        return self.count + len(self._added) >= self._most
+        return self.count + len(self.added) >= self._most
 
     def start_copied_write(self, cookie: int, offset: int, data: memoryview, *, fua: bool) -> bool:
         """Write a copy of ``data``, which is a part of the receive buffer."""
@@ -296,9 +297,9 @@ class SlowLane:
     def abandon(self) -> None:
         """Do not start what has not started."""
         self._abandoned = True
-        for _, _, length in self._added:
+        for _, _, length in self.added:
             self._budget.give(charge_for_slow(length))
-        self._added, self._added_bytes = [], 0
+        self.added, self._added_bytes = [], 0
 
     async def finish(self) -> None:
         """Return when nothing is in flight."""

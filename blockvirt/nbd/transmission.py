@@ -6,21 +6,25 @@ follow proto.md, "Error values", and where that is silent what most servers do (
 
 import errno
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import NBD_MAX_PAYLOAD_BYTES
 from blockvirt.nbd import constants as c
-from blockvirt.nbd.messages import CHUNK, SIMPLE_REPLY, error_chunk
+from blockvirt.nbd.messages import CHUNK, DATA_CHUNK, SIMPLE_REPLY, error_chunk
 
 OK = 0
 
-# SIMPLE_REPLY and DATA_CHUNK with what is always the same in front as one number: it is packed for each request.
-_SUCCESS = struct.Struct(">QQ")
-_SUCCESS_HEAD = c.SIMPLE_REPLY_MAGIC << 32
-_DATA = struct.Struct(">QQIQ")
-_DATA_HEAD = c.STRUCTURED_REPLY_MAGIC << 32 | c.REPLY_FLAG_DONE << 16 | c.REPLY_OFFSET_DATA
+# What is answered on the spot, in great numbers: SIMPLE_REPLY and DATA_CHUNK with all that is always the same in one
+# piece, and the cookie as it came.
+SUCCESS_HEAD = struct.pack(">II", c.SIMPLE_REPLY_MAGIC, OK)
+SUCCESS = struct.Struct(">8s8s")
+"""SUCCESS_HEAD, cookie."""
+DATA_HEAD = struct.pack(">IHH", c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_OFFSET_DATA)
+DATA = struct.Struct(">8s8sIQ")
+"""DATA_HEAD, cookie, payload length (the offset's 8 bytes more than the data's), offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,12 @@ def done(cookie: int) -> bytes:
     "If structured replies have been negotiated, a simple reply MAY be used as a reply to any request other than
     NBD_CMD_READ, but only if the reply has no data payload": it is the shorter one.
     """
-    return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
+    return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, OK, cookie)
+
+
+def all_done(cookies: Sequence[bytes]) -> bytes:
+    """Return ``done`` for each of some cookies, which are as they came."""
+    return SUCCESS_HEAD + SUCCESS_HEAD.join(cookies)
 
 
 class SimpleReplies:
@@ -127,11 +136,11 @@ class SimpleReplies:
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         """Return the header before the data."""
-        return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
+        return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, OK, cookie)
 
     def no_data(self, cookie: int) -> bytes:
         """Return the reply to a read of nothing."""
-        return _SUCCESS.pack(_SUCCESS_HEAD, cookie)
+        return SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, OK, cookie)
 
     def error(self, cookie: int, code: int, text: str) -> bytes:
         """Return an error; a simple reply has no room for the text."""
@@ -143,7 +152,9 @@ class StructuredReplies:
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         """Return the chunk header and offset before the data."""
-        return _DATA.pack(_DATA_HEAD, cookie, length + 8, offset)
+        return DATA_CHUNK.pack(
+            c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_OFFSET_DATA, cookie, length + 8, offset
+        )
 
     def no_data(self, cookie: int) -> bytes:
         """Return a NONE chunk: "each chunk MUST describe at least one byte", and a read MUST NOT be answered simply."""

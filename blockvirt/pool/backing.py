@@ -21,7 +21,7 @@ from blockvirt.syscalls import EXT4, XFS, allocate, filesystem_type, punch_hole,
 
 log = logging.getLogger("blockvirt.pool")
 
-_READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
+READ_CACHED = getattr(os, "RWF_NOWAIT", 0)
 # Between looks for what the disk is to bring, where no thread may wait for it: a quiet disk takes 0.1 ms, one that is
 # being synced up to 100 ms. After these 200 ms a thread waits all the same.
 _LOOKS_AFTER_S = (0.000_1, 0.000_16, 0.000_26, 0.000_4, 0.000_65, 0.001, *[0.002] * 100)
@@ -192,13 +192,9 @@ class BackingFile:
     def read_cached(self, into: memoryview, position: int) -> bool:
         """Fill ``into`` from the page cache; False where that would block."""
         try:
-            return os.preadv(self.fd, (into,), position, _READ_CACHED) == len(into)
-        except BlockingIOError:
-            return False
+            return os.preadv(self.fd, (into,), position, READ_CACHED) == len(into)
         except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                return False  # this filesystem cannot tell; a thread reads
-            raise
+            return would_block(error)
 
     def read(self, into: memoryview, position: int) -> None:
         """Fill ``into``, waiting for the disk; raises DeviceFault where the file ends too early."""
@@ -224,7 +220,7 @@ class BackingFile:
             os.posix_fadvise(self.fd, position, len(into), os.POSIX_FADV_WILLNEED)
         for pause_s in _LOOKS_AFTER_S:
             try:
-                got = os.preadv(self.fd, (into,), position, _READ_CACHED)
+                got = os.preadv(self.fd, (into,), position, READ_CACHED)
             except BlockingIOError:
                 got = -1
             except OSError:
@@ -280,6 +276,13 @@ class BackingFile:
                 os.close(fd)
             except OSError as error:
                 log.error("closing %s: %s", self.path, error)
+
+
+def would_block(error: OSError) -> bool:
+    """Return False where ``error`` says that a read with READ_CACHED needs a thread; else raise it."""
+    if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):  # the last two: this filesystem cannot tell
+        return False
+    raise error
 
 
 def sync_directory(path: Path) -> None:

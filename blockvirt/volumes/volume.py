@@ -8,6 +8,7 @@ SIGKILL (I3b). What would block returns False and goes through ``slow_path``.
 
 import asyncio
 import logging
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from blockvirt.lun.plan import Action, WriteStep, plan_write
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
 from blockvirt.meta.store import Writer
+from blockvirt.pool.backing import READ_CACHED, would_block
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.context import VolumeContext
@@ -67,6 +69,7 @@ class Volume:
         self.failure: BlockvirtError | None = None
         """Why nothing is answered any more: VolumeStopped (I7), or the volume is being deleted."""
         self.age_timer: asyncio.TimerHandle | None = None
+        self._pressure = context.pressure
         self._changes: list[tuple[int, int, int]] = []
         self._mask = self.chunk_bytes - 1
         self._leaves = self.map.leaves
@@ -96,7 +99,12 @@ class Volume:
             file = self._open_files[(entry >> 28) & FILE_MASK]
         except KeyError:
             file = self.files.get(file_of(entry))
-        return file.read_cached(into, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+        try:  # BackingFile.read_cached
+            return (
+                os.preadv(file.fd, (into,), ((entry & CHUNK_MASK) << self.chunk_shift) + within, READ_CACHED) == length
+            )
+        except OSError as error:
+            return would_block(error)
 
     def _read_span(self, offset: int, into: memoryview) -> bool:
         if self.failure is not None:
@@ -133,7 +141,7 @@ class Volume:
             return False
         if self.failure is not None:
             raise self.failure
-        if self.context.pressure.high:
+        if self._pressure.high:
             return False
         if within + length <= self.chunk_bytes:
             leaf = self._leaves.get(chunk >> SLOT_BITS)
@@ -144,7 +152,7 @@ class Volume:
                     file = self._open_files.get((entry >> 28) & FILE_MASK)
                     if file is not None:
                         file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-                        self.context.pressure.wrote(length)
+                        self._pressure.wrote(length)
                         return True
             entry = self.map.writable(chunk)
             if entry < FRESH:
@@ -155,7 +163,7 @@ class Volume:
             if entry >= FRESH and leaf.birth == self.map.epoch:
                 file = self.files.get(file_of(entry))
                 file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-                self.context.pressure.wrote(length)
+                self._pressure.wrote(length)
                 return True
         return self._write_steps_now(offset, data)
 
@@ -178,7 +186,7 @@ class Volume:
         file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
         self.stats.copied_chunks += content is not data
         self.stage(chunk, 1, address | FRESH)
-        self.context.pressure.wrote(length)
+        self._pressure.wrote(length)
         return True
 
     def _write_steps_now(self, offset: int, data: memoryview) -> bool:
@@ -195,7 +203,7 @@ class Volume:
         except BaseException:
             self.settle()  # the steps that went well are in the map, and no caller settles after an error
             raise
-        self.context.pressure.wrote(len(data))
+        self._pressure.wrote(len(data))
         return True
 
     def _old_content(self, entry: int) -> bytearray | None:

@@ -150,13 +150,11 @@ class _AtOnce:
         self._answer = answer
         self.full = False
         self.count = 0
+        self.added = ()
 
     def add_read(self, cookie: int, offset: int, length: int) -> bool:
         self._answer(c.CMD_READ, cookie, bytes(self._disk.data[offset : offset + length]))
         return True
-
-    def start_reads(self) -> None:
-        pass
 
     def start_read(self, cookie: int, offset: int, length: int, buffer: Buffer) -> None:
         self.add_read(cookie, offset, length)

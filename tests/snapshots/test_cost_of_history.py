@@ -33,7 +33,8 @@ OFFSETS = [chunk * CHUNK + 3 * BLOCK for chunk in CHUNKS]
 async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     """A pool with a volume for each length of history, each mapped from end to end."""
     # Not every filesystem can say what it has in the page cache; here all of it is.
-    monkeypatch.setattr("blockvirt.pool.backing._READ_CACHED", 0)
+    monkeypatch.setattr("blockvirt.pool.backing.READ_CACHED", 0)
+    monkeypatch.setattr("blockvirt.volumes.volume.READ_CACHED", 0)
     state = tmp_path / "state"
     await write_mapped_pool(state, tmp_path / "disk", len(SNAPSHOTS), len(SNAPSHOTS) * LEAVES * LEAF_CHUNKS)
     once = [History(NAMES[count], 1, 0, "first") for count in SNAPSHOTS if count]

@@ -46,7 +46,7 @@ def _close_uncharged(self: incoming.Incoming) -> None:
 
 def _lend_twice(self: BufferPool, length_bytes: int) -> Buffer:
     kind = buffers.kind_for(length_bytes)
-    self.lent += 1
+    self._made += 1
     if not self._free[kind]:
         self._free[kind].append(Buffer(kind))
     return self._free[kind][-1]
