@@ -36,9 +36,10 @@ class Role(StrEnum):
     BARE = "bare file"  # no server either
 
 
-COPIERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN})
-PEERS = COPIERS | {Role.PYTHON}
+PEERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN, Role.PYTHON})
 WITH_FLOOR = PEERS | {Role.FLOOR}
+HOLELESS = frozenset({Role.FLOOR, Role.PYTHON})
+"""Who cannot tell a hole from data: they copy a volume of just the data."""
 WITH_BARE = PEERS | {Role.FILE_FLOOR, Role.BARE}
 WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
 
@@ -77,14 +78,17 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One row of the report: nbdcopy with its defaults, a half-empty image into a new volume or a volume to null."""
+    """One row of the report: nbdcopy with its defaults, a half-empty image into a new volume or a volume to null.
+
+    For the floors its data alone is a volume.
+    """
 
     name: str
     title: str
     state: State
     unit: Unit = Unit.MBPS
     """Of data; holes do not count."""
-    roles: frozenset[Role] = COPIERS
+    roles: frozenset[Role] = WITH_FLOOR
 
     def command(self, uri: str, image: str) -> list[str]:
         """nbdcopy's command line against a volume."""

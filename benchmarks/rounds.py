@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from benchmarks.jobs import CELLS, FILL, Cell, Copy, Measurable, State
+from benchmarks.jobs import CELLS, FILL, HOLELESS, Cell, Copy, Measurable, State
 from benchmarks.measure import MeasurementFailed, Sample
 from benchmarks.servers import Server, ServerUnavailable, Volume
 
@@ -60,9 +60,10 @@ class Bench:
                 volume = stack.enter_context(server.volume(scale.size_bytes))
                 self._fill(volume)
                 self._filled[server.name] = volume
-        self._image = directory / "half-empty"
+        self._half_empty, self._full = directory / "half-empty", directory / "full"
         if any(isinstance(cell, Copy) for cell in cells):
-            write_half_empty(self._image, scale.copy_bytes)
+            write_image(self._half_empty, scale.copy_bytes, hole_bytes=STRIPE_BYTES)
+            write_image(self._full, scale.copy_bytes // 2, hole_bytes=0)
 
     @property
     def results(self) -> Results:
@@ -96,16 +97,17 @@ class Bench:
                 elif cell.state is State.FRESH and cell.share is not None:
                     touch_memory(int(TOUCHED * cell.share * self._scale.size_bytes))
                 return measure.run(cell, volume, self._scale.size_bytes, self._scale.runtime_s)
+            image = self._image(server)
             if cell.state is State.COPIED:
-                measure.warm(volume, self._scale.copy_bytes)
+                measure.warm(volume, image.stat().st_size)
             else:
-                read_through(self._image)
+                read_through(image)
                 touch_memory(TOUCHED * self._scale.copy_bytes // 2)
-            return measure.copy(cell, volume, self._image, self._scale.copy_bytes // 2)
+            return measure.copy(cell, volume, image, self._scale.copy_bytes // 2)
 
     @contextmanager
     def _volume(self, cell: Measurable, server: Server) -> Iterator[Volume]:
-        size_bytes = self._scale.copy_bytes if isinstance(cell, Copy) else self._scale.size_bytes
+        size_bytes = self._image(server).stat().st_size if isinstance(cell, Copy) else self._scale.size_bytes
         if cell.state is State.FILLED:
             yield self._filled[server.name]
         elif cell.state is State.SNAPSHOT:
@@ -114,18 +116,21 @@ class Bench:
         else:
             with server.volume(size_bytes) as volume:
                 if cell.state is State.COPIED:
-                    measure.copy(COPY_IN, volume, self._image, size_bytes // 2)
+                    measure.copy(COPY_IN, volume, self._image(server), self._scale.copy_bytes // 2)
                 yield volume
+
+    def _image(self, server: Server) -> Path:
+        return self._full if server.role in HOLELESS else self._half_empty
 
     def _fill(self, volume: Volume) -> None:
         measure.run(FILL, volume, self._scale.size_bytes, self._scale.runtime_s)
 
 
-def write_half_empty(image: Path, size_bytes: int) -> None:
-    """Make a sparse file, every second stripe of which holds data that nothing compresses."""
+def write_image(image: Path, size_bytes: int, hole_bytes: int) -> None:
+    """Make a file of stripes that nothing compresses, with a hole behind each."""
     data = os.urandom(STRIPE_BYTES)
     with image.open("xb") as stream:
-        for offset in range(0, size_bytes, 2 * STRIPE_BYTES):
+        for offset in range(0, size_bytes, STRIPE_BYTES + hole_bytes):
             stream.seek(offset)
             stream.write(data)
         stream.truncate(size_bytes)
