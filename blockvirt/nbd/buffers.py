@@ -100,12 +100,10 @@ class BufferPool:
     def give(self, buffer: Buffer) -> None:
         """Take back a buffer of which nobody has a view any more."""
         kind = buffer.kind
-        if kind != _EXACT:
-            free = self._free[kind]
-            if len(free) < _KEPT[kind]:
-                free.append(buffer)
-                return
-        self._made -= 1
+        if kind != _EXACT and len(self._free[kind]) < _KEPT[kind]:
+            self._free[kind].append(buffer)
+        else:
+            self._made -= 1
 
     def write_off(self, _buffer: Buffer) -> None:
         """Let go of a buffer that somebody may still have a view of: its memory lives until they let go too."""

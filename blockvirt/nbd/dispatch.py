@@ -85,6 +85,7 @@ class Dispatcher:
         self._refused: tuple[int, int, str] | None = None
         self._fast_reads = 0
         self._fast_writes = 0
+        self._read_latency, self._write_latency = stats.latency[c.CMD_READ], stats.latency[c.CMD_WRITE]
         self._closed = False
         self.traffic = Traffic()
         """What this session has carried; a slow request is in it from its start."""
@@ -196,10 +197,10 @@ class Dispatcher:
     def observe(self, duration_s: float) -> None:
         """Note that the requests answered on the spot since the last call took ``duration_s``."""
         if self._fast_reads:
-            self._stats.latency[c.CMD_READ].observe(duration_s, self._fast_reads)
+            self._read_latency.observe(duration_s, self._fast_reads)
             self._fast_reads = 0
         if self._fast_writes:
-            self._stats.latency[c.CMD_WRITE].observe(duration_s, self._fast_writes)
+            self._write_latency.observe(duration_s, self._fast_writes)
             self._fast_writes = 0
 
     def _other(self) -> _Step:

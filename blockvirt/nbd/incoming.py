@@ -14,6 +14,7 @@ from blockvirt.nbd.messages import REQUEST
 from blockvirt.units import KIB
 
 _NOTHING = memoryview(b"")
+_HEADER_BYTES = REQUEST.size
 _TYPE_AT = 7
 """Where the low byte of a request's type lies ("Request message": magic 4, flags 2, type 2)."""
 _PARKED_BYTES = 16 * KIB
@@ -69,7 +70,7 @@ class Incoming:
             if received == 0:
                 return -1
             self.high += received
-            if received == REQUEST.size and self.view[begin + _TYPE_AT] == c.CMD_WRITE:
+            if received == _HEADER_BYTES and self.view[begin + _TYPE_AT] == c.CMD_WRITE:
                 # Clients send the payload by itself, a microsecond later: one more look is less than a pass in vain.
                 self.high += self._recv_into(self.view[self.high : limit])
             self.emptied = self.high < limit
@@ -83,23 +84,29 @@ class Incoming:
         """Take a buffer, if there is none, and put back what was parked."""
         if self._buffer is not None:
             return
-        size = 0
+        size = SMALL_BYTES
         if self._expected_turns:
             self._expected_turns -= 1
             if self._budget.take(charge_for(self._expected_bytes)):
                 size = self._expected_bytes
             else:
                 self._budget.stop_waiting()  # it would only have saved a copy
-        parked, self._parked = self._parked, b""
-        self._hold(size, parked)
+        parked = self._parked
+        if parked:
+            self._hold(max(size, len(parked)))
+            self._put(parked)
+            self._parked = b""
+        else:
+            self._hold(size)
 
-    def _hold(self, size_bytes: int, content: bytes | memoryview = b"") -> None:
-        """Take a buffer of at least ``size_bytes`` with ``content`` at its beginning."""
-        high = len(content)
-        buffer = self._pool.take(size_bytes if size_bytes > high else high)
-        self._buffer, self.view, self.low, self.high, self._limit = buffer, buffer.view, 0, high, SMALL_BYTES
-        if high:
-            self.view[:high] = content
+    def _hold(self, size_bytes: int) -> None:
+        self._buffer = buffer = self._pool.take(size_bytes)
+        self.view, self.low, self.high, self._limit = buffer.view, 0, 0, SMALL_BYTES
+
+    def _put(self, content: bytes | memoryview) -> None:
+        """Have ``content`` at the beginning of a buffer that was empty."""
+        self.high = len(content)
+        self.view[: self.high] = content
 
     def expect(self, need_bytes: int) -> bool:
         """Make room for the request at ``low``, which has ``need_bytes`` in all. False: the budget is spent for now."""
@@ -121,7 +128,8 @@ class Incoming:
             return False
         kept = self.view[self.low : self.high]
         self._drop_buffer()  # its content is there until somebody else takes it
-        self._hold(need_bytes, kept)
+        self._hold(need_bytes)
+        self._put(kept)
         return True
 
     def detach(self, request_bytes: int) -> Buffer | None:
@@ -138,11 +146,15 @@ class Incoming:
     def park(self) -> None:
         """Rest: give the buffer back unless it holds much of an unfinished request."""
         kept = self.high - self.low
-        if self._buffer is None or kept > _PARKED_BYTES:
+        buffer = self._buffer
+        if buffer is None or kept > _PARKED_BYTES:
             return
-        if kept:
+        if kept or buffer.charge_bytes:
             self._parked = bytes(self.view[self.low : self.high])
-        self._drop_buffer()
+            self._drop_buffer()
+        else:  # after nearly every turn
+            self._buffer, self.view, self.low, self.high = None, _NOTHING, 0, 0
+            self._pool.give(buffer)
 
     def shrink(self) -> bool:
         """Exchange a charged buffer for a small one where what it holds fits: before waiting for more of the budget."""
@@ -150,7 +162,8 @@ class Incoming:
             return False
         kept = bytes(self.view[self.low : self.high])
         self._drop_buffer()
-        self._hold(SMALL_BYTES, kept)
+        self._hold(SMALL_BYTES)
+        self._put(kept)
         return True
 
     def close(self) -> None:

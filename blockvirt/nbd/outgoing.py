@@ -71,7 +71,8 @@ class Outgoing:
         """Have an arena of at least ``length_bytes``. False: the budget is spent for now. Nothing may be in it."""
         assert self.used == 0
         if len(self.arena) < length_bytes:
-            self._drop_arena()
+            if self._arena is not None:
+                self._drop_arena()
             if length_bytes > SMALL_BYTES and not self._budget.take(charge_for(length_bytes)):
                 return False
             self._arena = self._pool.take(length_bytes)
@@ -146,7 +147,10 @@ class Outgoing:
             except OSError as error:
                 self._on_broken(f"sending failed: {error.strerror}")
                 return False
-            parts = parts[len(some) :] if sent == sum(map(len, some)) else _without(parts, sent)
+            if sent != (sum(map(len, some)) if len(some) > 1 else len(some[0])):
+                parts = _without(parts, sent)
+            else:
+                parts = [] if some is parts else parts[_IOV_MAX:]
             self._progress_s = 0.0
         self.pending = []
         self.used = 0

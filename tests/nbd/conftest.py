@@ -1,6 +1,7 @@
 """A server over memory disks, on real sockets."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ from blockvirt.units import MIB
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; never a measure of speed."""
+both_paths = pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
+both_kinds = pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    """Bytes that are the same for the same seed."""
+    return random.Random(seed).randbytes(size)
 
 
 @dataclass

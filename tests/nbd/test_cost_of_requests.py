@@ -53,18 +53,18 @@ LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 
 """Of the leaf that new chunks lie in."""
 
 COSTS = {
-    "read 4 KiB, depth 1": Cost(64, 2059, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
-    "read 4 KiB, depth 32": Cost(64, 414, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
-    "read 4 KiB, depth 8, 4 connections": Cost(64, 696, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
-    "read 1 MiB": Cost(8, 488, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
-    "write 4 KiB, depth 1": Cost(64, 2635, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, header and payload apart": Cost(64, 2699, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, depth 32": Cost(64, 804, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
-    "write 4 KiB, depth 8, 4 connections": Cost(64, 1104, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 2795, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "read 4 KiB, depth 1": Cost(64, 2057, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
+    "read 4 KiB, depth 32": Cost(64, 408, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
+    "read 4 KiB, depth 8, 4 connections": Cost(64, 672, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
+    "read 1 MiB": Cost(8, 486, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
+    "write 4 KiB, depth 1": Cost(64, 2633, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, header and payload apart": Cost(64, 2697, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, depth 32": Cost(64, 798, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
+    "write 4 KiB, depth 8, 4 connections": Cost(64, 1080, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 2789, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        4316,
+        4310,
         {
             "recv_into": 2,
             "preadv": 64,
@@ -75,15 +75,15 @@ COSTS = {
             "sendmsg": 2,
         },
     ),
-    "write 1 MiB": Cost(8, 557, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 684, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB": Cost(8, 555, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
+    "write 1 MiB to new chunks": Cost(4, 676, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
-        32, 3104, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 3056, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
-        32, 4387, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 4339, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
-    "trim a chunk": Cost(32, 5120, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 5024, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 

@@ -154,19 +154,6 @@ async def test_everybody_gets_through_a_tiny_budget(bench: Bench, shared: Shared
             group.create_task(traffic(number, client))
 
 
-@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
-async def test_a_read_just_too_large_for_company_needs_one_buffer(
-    bench: Bench, shared: SharedResources, structured: bool
-) -> None:
-    """With its header it does not fit the buffer that small reads share; without it, it would."""
-    bench.disk.now = False
-    shared.budget.limit_bytes = SIZES_BYTES[1]
-    client = await bench.enter(structured=structured)
-    async with asyncio.timeout(PATIENCE_S):
-        for length in range(SMALL_BYTES - 100, SMALL_BYTES + 2):
-            assert await client.read(0, length) == bytes(length)
-
-
 async def test_the_largest_requests_pass_one_after_the_other(bench: Bench, shared: SharedResources) -> None:
     """Pipelined reads and writes of 32 MiB on one connection, with the default budgets."""
     bench.disk.now = False
