@@ -82,6 +82,7 @@ NBD_MAX_INFLIGHT_REQUESTS = 256  # slow requests of one connection (fast ones ar
 NBD_SLOW_READER_S = 60.0  # a client that takes no reply bytes for this long is dropped
 NBD_BATCH_REQUESTS = 64  # one callback handles so many requests, then lets others run
 NBD_BATCH_S = 200e-6  # the longest that one busy connection keeps the others waiting
+NBD_PASS_S = 4e-3  # the longest that all of them together keep the rest of the daemon waiting
 NBD_MAX_EXTENTS_PER_REPLY = 64 * KIB  # descriptors, shared by the contexts of a session; 512 KiB of reply
 NBD_STATUS_CHUNKS = 8_192  # mapped chunks that one answer describes, give or take a leaf: 4 ms of the event loop
 NBD_MAX_CONTEXT_QUERIES = 64  # in one option, so contexts of a session: each is looked up, pinned and asked every time

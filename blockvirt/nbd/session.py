@@ -49,7 +49,7 @@ class Session:
         self._fd = sock.fileno()
         self._handle = handle
         self._stats = shared.stats
-        self._activity = shared.activity
+        self._turns = shared.turns
         self._limits = limits = shared.limits
         self._budget = ConnectionBudget(shared.budget, limits.connection_budget_bytes, self._budget_free)
         self._incoming = Incoming(sock, shared.pool, self._budget, leftover)
@@ -131,7 +131,8 @@ class Session:
         return not (self._ending or self._over or self._dispatch.starved or self._outgoing.pending)
 
     def _wake(self) -> None:
-        """Something changed: output was sent, or a slow request ended. See what can go on."""
+        """Output was sent, or a slow request ended: there may be room for what was refused it. See what can go on."""
+        self._dispatch.starved = False
         if self._over:
             return
         if self._ending:
@@ -152,20 +153,32 @@ class Session:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._scheduled_turn)
+            self._turns.wait(self)
 
-    def _scheduled_turn(self) -> None:
+    def scheduled_turn(self) -> None:
+        """Have the turn that was waited for."""
         self._scheduled = False
-        self._readable()
+        try:
+            self._turn(perf_counter())
+        except Exception as error:
+            self._mistaken(error)
 
     def _readable(self) -> None:
         if self._scheduled:
             return
+        now, turns = perf_counter(), self._turns
+        if now > turns.pause_at_s and turns.must_wait(now):
+            self._schedule()
+            return
         try:
-            self._turn()
-        except Exception:  # our own mistake: it may cost this connection, not the others
-            log.exception("nbd: a session failed")
-            self.abandon("internal error")
+            self._turn(now)
+        except Exception as error:
+            self._mistaken(error)
+
+    def _mistaken(self, error: Exception) -> None:
+        # our own mistake: it may cost this connection, not the others
+        log.error("nbd: a session failed", exc_info=error)
+        self.abandon("internal error")
 
     def _budget_free(self) -> None:
         self._dispatch.starved = False
@@ -174,8 +187,9 @@ class Session:
         else:
             self._budget.stop_waiting()
 
-    def _turn(self) -> None:
+    def _turn(self, now: float) -> None:
         """Serve what has arrived, up to one batch."""
+        self._turns.last_s = now
         if not self._may_read():
             self._watch(False)  # a slow reply that the socket did not take may have come while the reader was on
             self._budget.stop_waiting()
@@ -183,8 +197,7 @@ class Session:
         dispatch, limits = self._dispatch, self._limits
         may_spin = self._may_spin()
         looks = self._spins if may_spin else 0
-        left, now = limits.batch_requests, perf_counter()
-        deadline = now + limits.batch_s
+        left, deadline = limits.batch_requests, now + limits.batch_s
         while True:
             if not dispatch.backlog and not self._receive():
                 if self._over:
@@ -222,12 +235,12 @@ class Session:
 
     def _may_spin(self) -> bool:
         """Spin only while nobody else has had a turn lately and no thread's result is due."""
-        activity = self._activity
-        if activity.last is not self:
-            activity.last, activity.in_a_row = self, 0
+        turns = self._turns
+        if turns.last is not self:
+            turns.last, turns.in_a_row = self, 0
             return False
-        activity.in_a_row += 1
-        return activity.in_a_row >= _ALONE_TURNS and not self._stats.in_flight
+        turns.in_a_row += 1
+        return turns.in_a_row >= _ALONE_TURNS and not self._stats.in_flight
 
     def _rest(self, spun: bool) -> None:
         """Wait for the client to send more."""
@@ -284,7 +297,6 @@ class Session:
 
     def slow_done(self) -> None:
         """A slow request has ended: perhaps another can start, or the session can end."""
-        self._dispatch.starved = False
         self._wake()
 
     # --- the end ---------------------------------------------------------------------------------------------------

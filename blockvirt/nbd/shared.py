@@ -13,17 +13,10 @@ from blockvirt.limits import (
 from blockvirt.nbd.budget import Budget
 from blockvirt.nbd.buffers import BufferPool
 from blockvirt.nbd.stats import ServerStats
+from blockvirt.nbd.turns import Turns
 
 SPINS = 40
 """Empty looks at the socket before a session rests, about 40 us: a client at queue depth 1 is back by then."""
-
-
-@dataclass(slots=True)
-class Activity:
-    """Who had the last turns; decides whether spinning would take time from somebody."""
-
-    last: object = None
-    in_a_row: int = 0
 
 
 @dataclass(slots=True)
@@ -45,5 +38,5 @@ class SharedResources:
     pool: BufferPool = field(default_factory=BufferPool)
     budget: Budget = field(default_factory=lambda: Budget(NBD_GLOBAL_BUDGET_BYTES))
     stats: ServerStats = field(default_factory=ServerStats)
-    activity: Activity = field(default_factory=Activity)
+    turns: Turns = field(default_factory=Turns)
     limits: SessionLimits = field(default_factory=SessionLimits)

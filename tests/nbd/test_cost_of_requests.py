@@ -53,12 +53,12 @@ LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 
 """Of the leaf that new chunks lie in."""
 
 COSTS = {
-    "read 4 KiB, depth 1": Cost(64, 2057, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
+    "read 4 KiB, depth 1": Cost(64, 2061, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
     "read 4 KiB, depth 32": Cost(64, 408, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
     "read 4 KiB, depth 8, 4 connections": Cost(64, 672, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
     "read 1 MiB": Cost(8, 486, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
-    "write 4 KiB, depth 1": Cost(64, 2633, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, header and payload apart": Cost(64, 2697, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, depth 1": Cost(64, 2637, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, header and payload apart": Cost(64, 2701, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 798, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1080, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
     "write 4 KiB to new chunks, depth 32": Cost(64, 2789, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),

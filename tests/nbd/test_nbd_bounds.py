@@ -2,13 +2,15 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from blockvirt.nbd import constants as c
-from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES
+from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES, Buffer
 from blockvirt.nbd.client import NbdClient
 from blockvirt.nbd.messages import OPTION, OPTION_REPLY, REQUEST, pack_info_request
+from blockvirt.nbd.outgoing import Part
 from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.units import KIB, MIB
@@ -63,7 +65,7 @@ async def test_a_session_that_cannot_send_leaves_the_loop_alone(
     (session,) = sessions(bench)
     await until(lambda: bool(session._outgoing.pending) and not session.in_flight)
     turns, turn = list[None](), session._turn
-    monkeypatch.setattr(session, "_turn", lambda: turns.append(turn()))
+    monkeypatch.setattr(session, "_turn", lambda now: turns.append(turn(now)))
     client.send_raw(read_request(99, 4096))
     for _ in range(200):
         await asyncio.sleep(0)
@@ -125,6 +127,25 @@ async def test_slow_requests_are_bounded_in_number(bench: Bench, shared: SharedR
     assert session.in_flight == 5
     gate.let_go()
     assert [len((await read).data) for read in reads] == [length] * 50
+
+
+async def test_a_request_that_waits_for_room_goes_on_when_a_reply_has_left(
+    bench: Bench, shared: SharedResources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn may come between the end of a slow request and its reply, which holds its room until it was sent."""
+    bench.disk.now = False
+    shared.limits.connection_budget_bytes = MIB
+    client = await bench.enter()
+    slow_reply = Session.slow_reply
+
+    def behind_a_turn(session: Session, parts: Sequence[Part], buffer: Buffer | None) -> None:
+        session._schedule()
+        slow_reply(session, parts, buffer)
+
+    monkeypatch.setattr(Session, "slow_reply", behind_a_turn)
+    async with asyncio.timeout(PATIENCE_S):
+        for read in [client.start(c.CMD_READ, 0, MIB) for _ in range(4)]:
+            assert not (await read).error
 
 
 @pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
@@ -211,9 +232,9 @@ async def test_a_busy_neighbour_leaves_turns_to_others(
     turns: list[tuple[Session, int]] = []
     turn = Session._turn
 
-    def counted(session: Session) -> None:
+    def counted(session: Session, now: float) -> None:
         before = sum(session.traffic.requests)
-        turn(session)
+        turn(session, now)
         turns.append((session, sum(session.traffic.requests) - before))
 
     monkeypatch.setattr(Session, "_turn", counted)

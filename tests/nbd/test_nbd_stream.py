@@ -178,14 +178,14 @@ async def test_a_turn_that_runs_out_of_time_has_not_looked_in_vain(monkeypatch: 
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     session = Session("s", theirs, MemoryVolume(MemoryDisk(DISK_BYTES)), Negotiated("v", structured=False), shared)
-    shared.activity.last, shared.activity.in_a_row = session, 100
+    shared.turns.last, shared.turns.in_a_row = session, 100
     rested: list[bool] = []
     monkeypatch.setattr(session, "_rest", rested.append)
     ours.sendall(REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, 1, 0, 4))
-    session._turn()
+    session._turn(next(clock))
     assert len(ours.recv(100)) == SIMPLE_REPLY.size + 4
     assert (rested, session._scheduled, session._spins) == ([], True, shared.limits.spins)
-    session._turn()  # nothing comes in this one
+    session._turn(next(clock))  # nothing comes in this one
     assert rested == [True]
     session.abandon("the test is over")
     await session.close()
