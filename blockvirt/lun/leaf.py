@@ -113,7 +113,9 @@ def decode(payload: bytes) -> "array[int]":
         raw = bytearray(8 * LEAF_CHUNKS)
         for plane in range(ENTRY_BYTES):
             raw[plane::8] = body[plane * LEAF_CHUNKS : (plane + 1) * LEAF_CHUNKS]
-        return array("Q", bytes(raw))
+        entries = NO_ENTRIES[:]  # an array made from bytes takes a sixteenth more than they are, for what may follow
+        memoryview(entries).cast("B")[:] = raw
+        return entries
     if form == b"\x01" and len(body) % _RUN_BYTES == 0:
         entries = NO_ENTRIES[:]
         for slot, count, low, middle, high in _STORED_RUN.iter_unpack(body):

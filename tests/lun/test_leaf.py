@@ -1,6 +1,7 @@
 """Leaves: stored forms, sizes, and who may write to shared entries."""
 
 from array import array
+from sys import getsizeof
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,14 @@ def test_scattered_entries_read_back(values: list[int]) -> None:
     assert decode(encode(made)) == made
     assert mapped(made) == sum(1 for value in values if value)
     assert len(encode(made)) + 4 < PAGE_VALUE_BYTES
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_entries_read_back_take_no_spare_memory(step: int) -> None:
+    """Arrays that were made from bytes do, and a map is thousands of them."""
+    made = array("Q", [(1 << 30) + place * step for place in range(LEAF_CHUNKS)])
+    assert encode(made)[0] == (1 if step == 1 else 2)
+    assert getsizeof(decode(encode(made))) == getsizeof(made) == getsizeof(NO_ENTRIES[:])
 
 
 @given(runs, st.integers(0, LEAF_CHUNKS - 1), st.integers(1, LEAF_CHUNKS))
