@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         "Only when the pool is created.",
     )
     leaf_cache: Size = Field(
-        LEAF_CACHE_BYTES, ge=MIB, description="Memory for the maps of volumes; 128MiB hold the hot map of 240GiB."
+        LEAF_CACHE_BYTES, ge=MIB, description="Memory for the maps of volumes; 128MiB hold the hot map of 220GiB."
     )
     metadata_reserve: Size = Field(
         METADATA_RESERVE_BYTES,

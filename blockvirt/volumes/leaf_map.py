@@ -12,15 +12,23 @@ from blockvirt.meta.records import BranchRecord
 from blockvirt.meta.store import Reader, Store
 from blockvirt.volumes.versions import branch_record, lineage, visible_version
 
-LEAF_MEMORY_BYTES = 8 * LEAF_CHUNKS + 256  # entries, and the objects around them
+# Entries, and what was measured around them: 16 of malloc's and 80 of their array, 80 for the Leaf, 32 for its number,
+# 72 for its place in the cache's ring, and up to 120 for that in its volume's dictionary. The last one twice: both
+# tables are there while a dictionary moves to a new one, and the process keeps the room that the old one had.
+LEAF_MEMORY_BYTES = 8 * LEAF_CHUNKS + 520
 _SWEEP = 32  # how many leaves one load looks at to make room: bounds the time of a load
 
 
 class LeafCache:
-    """The budget of resident leaves over all volumes, swept like a clock: used since the last look means stay."""
+    """The budget of resident leaves over all volumes, swept like a clock: used since the last look means stay.
+
+    Only changed leaves, which wait for a checkpoint, may exceed it.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self._limit = max(1, budget_bytes // LEAF_MEMORY_BYTES)
+        # Where all were used nothing leaves until a sweep came round, and each of its steps is a load that adds one.
+        self._sweep_from = self._limit - self._limit // (_SWEEP + 1)
         self._ring: deque[tuple[LeafMap, int]] = deque()
 
     def __len__(self) -> int:
@@ -31,13 +39,15 @@ class LeafCache:
         self._ring.append((owner, number))
         # Never as far as the new one, however small the budget: its owner is about to change it.
         for _ in range(min(_SWEEP, len(self._ring) - 1)):
-            if len(self._ring) <= self._limit:
+            held = len(self._ring)
+            if held <= self._sweep_from:
                 return
             other, candidate = self._ring.popleft()
             leaf = other.leaves.get(candidate)
             if leaf is None:
                 continue
-            if leaf.touched or leaf.dirty or leaf.frozen:
+            # Use saves no leaf beyond the limit: what is used between any two loads would never leave.
+            if (leaf.touched and held <= self._limit) or leaf.dirty or leaf.frozen:
                 leaf.touched = False
                 if leaf.dirty:
                     other.ask_checkpoint()  # only that makes it leave: the budget holds for changed leaves too (I9)
