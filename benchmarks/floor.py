@@ -1,6 +1,6 @@
 """The Python floor of the speed report: what one thread of an interpreter can do that keeps no promise but a flush's.
 
-    python floor.py SOCKET SIZE_BYTES FILE
+    python -m benchmarks.floor SOCKET SIZE_BYTES FILE
 
 It serves a file on a unix socket: all requests of a receive buffer in one pass, `preadv`, `pwrite`, one `sendmsg`, as
 the daemon that it is compared with. A flush is an `fdatasync` in another thread, one for all who wait. There is no map,
@@ -103,7 +103,7 @@ class Connection:
 
     def flushed(self, cookie: int) -> None:
         """Answer a flush."""
-        self._sock.sendall(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
+        send(self._sock, [SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)])
 
 
 class Flushes:
@@ -136,12 +136,19 @@ class Flushes:
 
 
 def send(sock: socket.socket, parts: list[bytes | memoryview]) -> None:
-    """Send all of ``parts``."""
-    sent = sock.sendmsg(parts)
+    """Send all of ``parts``, also where the socket does not wait."""
+    try:
+        sent = sock.sendmsg(parts)
+    except BlockingIOError:
+        sent = 0
     for part in parts:
-        if sent < len(part):
-            sock.sendall(part[max(sent, 0) :])
-        sent -= len(part)
+        left = memoryview(part)[min(sent, len(part)) :]
+        sent -= len(part) - len(left)
+        while left:
+            try:
+                left = left[sock.send(left) :]
+            except BlockingIOError:
+                select.select((), (sock,), ())
 
 
 def negotiate(sock: socket.socket, size_bytes: int) -> bool:

@@ -33,13 +33,16 @@ class Role(StrEnum):
     FLOOR = "C floor"  # no storage either
     FILE_FLOOR = "C over a file"  # the floor with a file under it, that a flush syncs
     PYTHON = "Python floor"  # the same in Python, on one thread but for the flush
+    VOLUME = "volume floor"  # and with a map, on an event loop
     BARE = "bare file"  # no server either
 
 
 PEERS = frozenset({Role.OURS, Role.QCOW2, Role.PLAIN, Role.PYTHON})
 WITH_FLOOR = PEERS | {Role.FLOOR}
+WITH_FLOORS = WITH_FLOOR | {Role.VOLUME}
 HOLELESS = frozenset({Role.FLOOR, Role.PYTHON})
 """Who cannot tell a hole from data: they copy a volume of just the data."""
+WITH_FILE_FLOOR = PEERS | {Role.FILE_FLOOR, Role.VOLUME}
 WITH_BARE = PEERS | {Role.FILE_FLOOR, Role.BARE}
 WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
 
@@ -131,7 +134,7 @@ def _random(
 def _connections(name: str, number: int, depth: int) -> Cell:
     kind = name.partition("-")[0]
     options = f"rw=rand{kind} iodepth={depth} numjobs={number}"
-    return _random(name, f"random {kind}, {number} connections, QD{depth} each", options, roles=WITH_FLOOR)
+    return _random(name, f"random {kind}, {number} connections, QD{depth} each", options, roles=WITH_FLOORS)
 
 
 FRESH, FILLED = State.FRESH, State.FILLED
@@ -145,8 +148,8 @@ QUARTER, SIXTEENTH = 1 / 4, 1 / 16
 FLUSHED = "rw=randwrite iodepth=1 fsync=1"
 
 CELLS: tuple[Measurable, ...] = (
-    _random("read-32", "random read, QD32", "rw=randread iodepth=32", roles=WITH_FLOOR),
-    _random("write-32", "random write, QD32", "rw=randwrite iodepth=32", roles=WITH_FLOOR),
+    _random("read-32", "random read, QD32", "rw=randread iodepth=32", roles=WITH_FLOORS),
+    _random("write-32", "random write, QD32", "rw=randwrite iodepth=32", roles=WITH_FLOORS),
     _random("write-fresh-32", "random write, fresh, QD32", "rw=randwrite iodepth=32", FRESH, share=QUARTER),
     _random(
         "write-snapshot-32",
@@ -156,17 +159,17 @@ CELLS: tuple[Measurable, ...] = (
         share=SIXTEENTH,
         roles=WITH_SNAPSHOTS,
     ),
-    _random("read-1", "random read, QD1", "rw=randread iodepth=1", roles=WITH_FLOOR),
-    _random("write-1", "random write, QD1", "rw=randwrite iodepth=1", roles=WITH_FLOOR),
+    _random("read-1", "random read, QD1", "rw=randread iodepth=1", roles=WITH_FLOORS),
+    _random("write-1", "random write, QD1", "rw=randwrite iodepth=1", roles=WITH_FLOORS),
     _sequential("seq-read", "read", FILLED, "read"),
     _sequential("seq-again", "write, again", FILLED, "write"),
     _sequential("seq-fresh", "write, fresh", FRESH, "write", 1.0),
     _cell(
-        "mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, "rw=randrw rwmixread=70 bs=16k iodepth=16", roles=WITH_FLOOR
+        "mixed-16k", "16 KiB 70/30 mixed, QD16", FILLED, "rw=randrw rwmixread=70 bs=16k iodepth=16", roles=WITH_FLOORS
     ),
-    _random("flush-1", "write + flush, QD1", FLUSHED, roles=WITH_BARE),
+    _random("flush-1", "write + flush, QD1", FLUSHED, roles=WITH_BARE | {Role.VOLUME}),
     _random("flush-fresh-1", "write + flush, fresh, QD1", FLUSHED, FRESH, roles=WITH_BARE),
-    _random("flush-16x1", "write + flush, 16 jobs", f"{FLUSHED} numjobs=16", roles=PEERS | {Role.FILE_FLOOR}),
+    _random("flush-16x1", "write + flush, 16 jobs", f"{FLUSHED} numjobs=16", roles=WITH_FILE_FLOOR),
     _connections("read-4x16", 4, 16),
     _connections("write-4x16", 4, 16),
     _connections("read-32x4", 32, 4),

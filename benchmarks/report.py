@@ -72,12 +72,13 @@ def verdicts(cells: Sequence[Measurable], servers: Servers, results: Results) ->
     met = sum(verdict.met is True for _, verdict in judged)
     unknown = sum(verdict.met is None for _, verdict in judged)
     lines = [f"### Targets: {met} met, {len(judged) - met - unknown} missed, {unknown} not measured", ""]
-    lines += ["| cell | against | target | measured | met | C floor there | Python floor there |"]
-    lines += ["|---|---|---|---|---|---:|---:|"]
+    lines += ["| cell | against | target | measured | met | C floor there | Python floor there | volume floor there |"]
+    lines += ["|---|---|---|---|---|---:|---:|---:|"]
     for cell, verdict in judged:
         row = [cell.title, verdict.target.peer.value, wanted(verdict), measured(verdict), outcome(verdict)]
         row.append(reachable(cell, verdict, servers, results, (Role.FLOOR, Role.FILE_FLOOR)))
         row.append(reachable(cell, verdict, servers, results, (Role.PYTHON,)))
+        row.append(reachable(cell, verdict, servers, results, (Role.VOLUME,)))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from benchmarks.measure import MeasurementFailed
 from benchmarks.report import machine, ratios, report
 from benchmarks.rounds import MIB, STRIPE_BYTES, Bench, Scale, say
 from benchmarks.servers import Blockvirt, NbdkitFile, QemuNbd, Server, ServerUnavailable
-from benchmarks.yardsticks import BareFile, FileFloor, Floor, PythonFloor, ThreadedFileFloor
+from benchmarks.yardsticks import BareFile, FileFloor, Floor, PythonFloor, ThreadedFileFloor, VolumeFloor
 
 # By the word for --servers, in the order of the report's columns.
 SERVERS: dict[str, Callable[[Path], Server]] = {
@@ -28,6 +28,7 @@ SERVERS: dict[str, Callable[[Path], Server]] = {
     "file-floor": FileFloor,
     "thread-floor": ThreadedFileFloor,
     "python-floor": PythonFloor,
+    "volume-floor": VolumeFloor,
     "bare": BareFile,
 }
 QUICK = {"rounds": 1, "runtime": 0.5, "size": 256, "copy_size": 512}

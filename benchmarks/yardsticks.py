@@ -72,16 +72,24 @@ class PythonFloor(Server):
 
     name = "Python floor"
     role = Role.PYTHON
+    program = "benchmarks.floor"
 
     @contextmanager
     def volume(self, size_bytes: int) -> Iterator[Volume]:
         path = self.directory / f"{self.unused_name()}.sock"
-        program = str(SOURCE.with_suffix(".py"))
         with (
             sparse_file(path.with_suffix(".image"), size_bytes) as image,
-            self.serving([sys.executable, program, str(path), str(size_bytes), str(image)], path) as volume,
+            self.serving([sys.executable, "-m", self.program, str(path), str(size_bytes), str(image)], path) as volume,
         ):
             yield volume
+
+
+class VolumeFloor(PythonFloor):
+    """`volume_floor.py`: the same with a map and what else a volume takes, on the event loop of our daemon."""
+
+    name = "volume floor"
+    role = Role.VOLUME
+    program = "benchmarks.volume_floor"
 
 
 class LocalFile(Volume):

@@ -1,0 +1,171 @@
+"""The volume floor of the speed report: the Python floor with what no server of volumes in an asyncio program can omit.
+
+    python -m benchmarks.volume_floor SOCKET SIZE_BYTES FILE
+
+It runs on uvloop; looks up each chunk in a map of leaves, and the file that the entry names; reads so that what is not
+in the page cache would not hold up the loop; remembers of each write what a flush may take into a journal; counts and
+takes the time. All of it lies in one function, without a call of Python in between. There is no copy-on-write, no
+allocation (each chunk is mapped from the beginning, where it lies in the volume), no budget, no room for other clients.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from array import array
+from collections import deque
+from functools import partial
+from time import perf_counter
+
+import uvloop
+
+from benchmarks.floor import (
+    BATCH_BYTES,
+    BATCH_PARTS,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_WRITE,
+    DATA_CHUNK,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    Connection,
+    Flushes,
+    negotiate,
+    send,
+)
+
+CHUNK_SHIFT, LEAF_SHIFT, FILE_SHIFT = 14, 9, 28
+CHUNK_MASK, LEAF_MASK = (1 << FILE_SHIFT) - 1, (1 << LEAF_SHIFT) - 1
+NOTED_BYTES, NOTED_WRITES = 32 << 10, 16
+
+
+class Leaf:
+    """The entries of 512 chunks."""
+
+    __slots__ = ("entries", "touched")
+
+    def __init__(self, number: int) -> None:
+        self.entries = array("Q", range(number << LEAF_SHIFT, (number + 1) << LEAF_SHIFT))
+        self.touched = False
+
+
+class File:
+    """A backing file, and what was written to it since the last flush."""
+
+    __slots__ = ("changes", "fd", "noted_bytes", "unsynced_bytes")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.unsynced_bytes = self.noted_bytes = 0
+        self.changes: deque[tuple[int, bytes | None]] = deque(maxlen=NOTED_WRITES + 1)
+
+
+class VolumeConnection(Connection):
+    """Requests go through the map; one that touches several chunks finds them side by side."""
+
+    def __init__(self, sock: socket.socket, fd: int, size_bytes: int, flushes: Flushes) -> None:
+        super().__init__(sock, fd, size_bytes, flushes)
+        self._leaves = {number: Leaf(number) for number in range((size_bytes >> CHUNK_SHIFT >> LEAF_SHIFT) + 1)}
+        self._files = {0: File(fd)}
+        self._failure: OSError | None = None
+        self.reads = self.writes = self.bytes_read = self.bytes_written = 0
+        self.busy_s = 0.0
+
+    def _batch(self) -> bool:
+        view, arena, low, high, used = self._view, self._arena, self._low, self._high, 0
+        leaves, files = self._leaves, self._files
+        out: list[bytes | memoryview] = []
+        known, began_s = True, perf_counter()
+        while high - low >= REQUEST.size and used < BATCH_BYTES and len(out) < BATCH_PARTS:
+            magic, _, command, cookie, offset, length = REQUEST.unpack_from(view, low)
+            known = magic == REQUEST_MAGIC and offset + length <= self._size
+            if not known:
+                break
+            chunk = offset >> CHUNK_SHIFT
+            leaf = leaves[chunk >> LEAF_SHIFT]
+            entry = leaf.entries[chunk & LEAF_MASK]
+            leaf.touched = True
+            file = files[entry >> FILE_SHIFT]
+            position = ((entry & CHUNK_MASK) << CHUNK_SHIFT) + (offset & ((1 << CHUNK_SHIFT) - 1))
+            if self._failure is not None:
+                raise self._failure
+            if command == CMD_READ:
+                into = arena[used : used + length]
+                try:
+                    cached = os.preadv(file.fd, (into,), position, os.RWF_NOWAIT) == length
+                except BlockingIOError:
+                    cached = False
+                if not cached:
+                    os.preadv(file.fd, (into,), position)
+                out.append(DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset))
+                out.append(into)
+                used += length
+                self.reads += 1
+                self.bytes_read += length
+            elif command == CMD_WRITE:
+                if high - low < REQUEST.size + length:
+                    break
+                data = view[low + REQUEST.size : low + REQUEST.size + length]
+                os.pwrite(file.fd, data, position)
+                written = None
+                if file.noted_bytes + length <= NOTED_BYTES:
+                    file.noted_bytes += length
+                    written = bytes(data)
+                file.changes.append((position, written))
+                file.unsynced_bytes += length
+                out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
+                low += length
+                self.writes += 1
+                self.bytes_written += length
+            elif command == CMD_FLUSH:
+                file.unsynced_bytes = file.noted_bytes = 0
+                file.changes.clear()
+                self._flushes.asked.put((self, cookie))
+            else:
+                known = False
+                break
+            low += REQUEST.size
+        self._low = low
+        if out:
+            send(self._sock, out)
+        self.busy_s += perf_counter() - began_s
+        return known
+
+
+async def serve(path: str, size_bytes: int, image: str) -> None:
+    """Serve until killed."""
+    fd = os.open(image, os.O_RDWR)
+    flushes = Flushes(fd)
+    loop = asyncio.get_running_loop()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+
+    def ready(connection: VolumeConnection, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            try:
+                if connection.serve():
+                    return
+            except BlockingIOError:  # nothing was there after all
+                return
+        loop.remove_reader(sock.fileno())
+        sock.close()
+
+    def accept() -> None:
+        sock, _ = listener.accept()
+        with contextlib.suppress(OSError):
+            if negotiate(sock, size_bytes):
+                connection = VolumeConnection(sock, fd, size_bytes, flushes)
+                loop.add_reader(sock.fileno(), partial(ready, connection, sock))
+
+    loop.add_reader(listener.fileno(), accept)
+    loop.add_reader(flushes.bell, flushes.answer)
+    await loop.create_future()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
