@@ -190,9 +190,8 @@ class Session:
     def _turn(self, now: float) -> None:
         """Serve what has arrived, up to one batch."""
         self._turns.last_s = now
-        if not self._may_read():
-            self._watch(False)  # a slow reply that the socket did not take may have come while the reader was on
-            self._budget.stop_waiting()
+        if not self._may_read():  # a slow reply that the socket did not take may have come while the reader was on
+            self._pause()
             return
         dispatch, limits = self._dispatch, self._limits
         may_spin = self._may_spin()
@@ -259,6 +258,8 @@ class Session:
 
     def _pause(self) -> None:
         """Stop reading until output is sent, a slow request ends, or there is budget again."""
+        if self._outgoing.pending or not self._dispatch.starved:
+            self._budget.stop_waiting()  # nobody shall wait behind who could not take
         if not self._over:
             self._watch(False)
             self._end_if_done()
