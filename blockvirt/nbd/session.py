@@ -189,7 +189,6 @@ class Session:
 
     def _turn(self, now: float) -> None:
         """Serve what has arrived, up to one batch."""
-        self._turns.last_s = now
         if not self._may_read():  # a slow reply that the socket did not take may have come while the reader was on
             self._pause()
             return
@@ -215,7 +214,7 @@ class Session:
                 looks = self._spins
                 now = perf_counter()
             left -= dispatch.serve(left)
-            finished = perf_counter()
+            self._turns.last_s = finished = perf_counter()
             dispatch.observe(finished - now)
             if not self._may_read():
                 self._pause()

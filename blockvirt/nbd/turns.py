@@ -12,7 +12,7 @@ from typing import Protocol
 from blockvirt.limits import NBD_PASS_S
 
 _GAP_S = 1e-3
-"""Turns that begin so far apart have not kept the loop from anything: one takes a fifth of that."""
+"""A turn that begins so long after the end of the last one kept the loop from nothing."""
 
 
 class TurnTaker(Protocol):
@@ -31,9 +31,9 @@ class Turns:
         self.pause_at_s = 0.0
         """A turn that begins later than this must ask ``must_wait``."""
         self.last_s = 0.0
-        """When the last turn began."""
+        """When requests were last answered."""
         self.last: object = None
-        """Whose it was."""
+        """Whose turn was the last."""
         self.in_a_row = 0
         """How many before it were the same session's: decides whether spinning would take time from somebody."""
         self._waiting: deque[TurnTaker] = deque()

@@ -35,8 +35,8 @@ class Worker:
     def scheduled_turn(self) -> None:
         """Work, and wait again if there is more."""
         self.history.append(self.name)
-        self.turns.last_s = self.clock.now_s
         self.clock.now_s += TURN_S
+        self.turns.last_s = self.clock.now_s
         if self.more:
             self.more -= 1
             self.turns.wait(self)
