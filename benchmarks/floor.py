@@ -101,6 +101,10 @@ class Connection:
             send(self._sock, out)
         return known
 
+    def close(self) -> None:
+        """Hang up: nbdcopy waits for that."""
+        self._sock.close()
+
     def flushed(self, cookie: int) -> None:
         """Answer a flush."""
         send(self._sock, [SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)])
@@ -196,7 +200,7 @@ def main(path: str, size_bytes: int, image: str) -> None:
                     if connections[ready].serve():
                         continue
                 poll.unregister(ready)
-                del connections[ready]
+                connections.pop(ready).close()
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ async def serve(path: str, size_bytes: int, image: str) -> None:
             except BlockingIOError:  # nothing was there after all
                 return
         loop.remove_reader(sock.fileno())
-        sock.close()
+        connection.close()
 
     def accept() -> None:
         sock, _ = listener.accept()
