@@ -15,6 +15,7 @@ class Budget:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
         self._waiting: dict[Hashable, Callable[[], None]] = {}
+        self._waking = False
 
     def __len__(self) -> int:
         """Return how many wait."""
@@ -48,8 +49,18 @@ class Budget:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiting and self.used_bytes < self.limit_bytes:
-            next(iter(self._waiting.values()))()
+        """Call the first who waits; where that one leaves at once, the next. In a loop: hundreds may leave."""
+        if self._waking:
+            return
+        self._waking = True
+        try:
+            while self._waiting and self.used_bytes < self.limit_bytes:
+                first, when_free = next(iter(self._waiting.items()))
+                when_free()
+                if next(iter(self._waiting), None) is first:
+                    return
+        finally:
+            self._waking = False
 
 
 class ConnectionBudget:
@@ -60,6 +71,8 @@ class ConnectionBudget:
         self._limit_bytes = limit_bytes
         self._when_free = when_free
         self.used_bytes = 0
+        self.waits = False
+        """It stands in the queue for the global budget, and others behind it."""
 
     def take(self, amount_bytes: int) -> bool:
         """Take bytes for one more request in flight. False: ``when_free`` is called, or something is given back here.
@@ -70,9 +83,10 @@ class ConnectionBudget:
         if not amount_bytes:
             return True
         if self.used_bytes and self.used_bytes + amount_bytes > self._limit_bytes:
-            self._total.forget(self)  # not to stand first in a queue without being able to take
+            self.stop_waiting()  # not to stand first in a queue without being able to take
             return False
-        if not self._total.take(self, amount_bytes, self._when_free):
+        self.waits = not self._total.take(self, amount_bytes, self._when_free)
+        if self.waits:
             return False
         self.used_bytes += amount_bytes
         return True
@@ -85,5 +99,6 @@ class ConnectionBudget:
             self._total.give(amount_bytes)
 
     def stop_waiting(self) -> None:
-        """Leave the queue for the global budget: when called but unable to take, and at the end."""
+        """Leave the queue for the global budget: who is unable to take or needs nothing any more, and at the end."""
+        self.waits = False
         self._total.forget(self)

@@ -87,15 +87,17 @@ class BufferPool:
             buffer = free.pop()
             buffer.used = True
             return buffer
+        buffer = Buffer(kind)  # there may be no memory: that is not counted
         self._made += 1
-        return Buffer(kind)
+        return buffer
 
     def take_for_slow(self, length_bytes: int) -> Buffer:
         """Return a buffer for one slow request: of just its size if that is small."""
         if length_bytes > SMALL_BYTES:
             return self.take(length_bytes)
+        buffer = Buffer(_EXACT, length_bytes)
         self._made += 1
-        return Buffer(_EXACT, length_bytes)
+        return buffer
 
     def give(self, buffer: Buffer) -> None:
         """Take back a buffer of which nobody has a view any more."""

@@ -35,8 +35,8 @@ _ALIGNED_BYTES = 64
 _READ_MARGIN_BYTES = DATA.size + _ALIGNED_BYTES
 """The most that a read takes in an arena beside its data."""
 _SMALL_READ_BYTES = SMALL_BYTES - _READ_MARGIN_BYTES
-_NO_HEAD = 0
-"""No request begins with it."""
+_NO_HEAD = -1
+"""No request begins with it, whatever a client sends."""
 
 
 class _Step(Enum):
@@ -93,12 +93,15 @@ class Dispatcher:
         """Complete requests may be left in the buffer."""
         self.starved = False
         """The next request waits for budget or for a slow one to end."""
+        self.refused = False
+        """The last ``serve`` ended with a request that there was no room for."""
         self.replied = False
         """The last ``serve`` had something to send."""
 
     def serve(self, most: int) -> int:
         """Work through the requests in the buffer, at most ``most``; settle, reply; return how many there were."""
         incoming = self._incoming
+        self.refused = False
         if self.backlog:
             self.backlog = False
             incoming.unpark()  # where nothing was received since it was parked
@@ -295,15 +298,15 @@ class Dispatcher:
         """There is no budget or slot for a request: give back what is not needed and try again, else wait."""
         self.backlog = True
         outgoing = self._outgoing
-        if self._out or self._wrote:
-            return _Step.STOP  # sending may free more
-        if outgoing.charged:
-            outgoing.rest()
-            outgoing.open_arena()
-            return _Step.AGAIN
-        if self._incoming.shrink():
-            return _Step.AGAIN
-        self.starved = True
+        if not self._out and not self._wrote:  # else sending may free more
+            if outgoing.charged:
+                outgoing.rest()
+                outgoing.open_arena()
+                return _Step.AGAIN
+            if self._incoming.shrink():
+                return _Step.AGAIN
+            self.starved = True
+        self.refused = True
         return _Step.STOP
 
     def _refuse(self, command: int, cookie: int, length: int, code: int, text: str) -> _Step:

@@ -140,7 +140,9 @@ class Session:
         elif self._may_read():
             if self._dispatch.backlog:
                 self._schedule()
-            self._watch(True)
+                self._watch(True)
+            elif not self._reading:  # it has paused, perhaps with much in its hands
+                self._rest(False)
 
     def _watch(self, wanted: bool) -> None:
         if wanted is not self._reading:
@@ -216,6 +218,8 @@ class Session:
             left -= dispatch.serve(left)
             self._turns.last_s = finished = perf_counter()
             dispatch.observe(finished - now)
+            if self._budget.waits and not dispatch.refused:
+                self._budget.stop_waiting()  # what it was to be for needed none: the page cache has it now
             if not self._may_read():
                 self._pause()
                 return

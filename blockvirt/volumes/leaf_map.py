@@ -44,8 +44,8 @@ class LeafCache:
                 return
             other, candidate = self._ring.popleft()
             leaf = other.leaves.get(candidate)
-            if leaf is None:
-                continue
+            if leaf is None or (other is owner and candidate == number):
+                continue  # its place of before: that of now is behind
             # Use saves no leaf beyond the limit: what is used between any two loads would never leave.
             if (leaf.touched and held <= self._limit) or leaf.dirty or leaf.frozen:
                 leaf.touched = False

@@ -10,8 +10,9 @@ import pytest
 
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.client import NbdClient
-from blockvirt.nbd.messages import CLIENT_FLAGS, GREETING
+from blockvirt.nbd.messages import CLIENT_FLAGS, GREETING, REQUEST
 from blockvirt.nbd.server import NbdServer
+from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.testing.memory_volume import MemoryDisk, MemoryExports
 from blockvirt.units import MIB
@@ -106,6 +107,23 @@ class RawConnection:
             await self.writer.wait_closed()
         except OSError:
             pass
+
+
+def sessions(bench: Bench) -> list[Session]:
+    """The server's sessions, oldest first."""
+    return [one.session for one in bench.server._connections.values() if one.session is not None]
+
+
+async def until_starved(session: Session) -> None:
+    """Return when the session has stopped reading requests."""
+    async with asyncio.timeout(PATIENCE_S):
+        while session._may_read():  # noqa: ASYNC110 - the loop must run, and nothing announces it
+            await asyncio.sleep(0)
+
+
+def read_request(cookie: int, length: int, offset: int = 0) -> bytes:
+    """A request as bytes."""
+    return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, offset, length)
 
 
 @pytest.fixture

@@ -2,35 +2,18 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
 
 import pytest
 
 from blockvirt.nbd import constants as c
-from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES, Buffer
+from blockvirt.nbd.buffers import SIZES_BYTES, SMALL_BYTES
 from blockvirt.nbd.client import NbdClient
 from blockvirt.nbd.messages import OPTION, OPTION_REPLY, REQUEST, pack_info_request
-from blockvirt.nbd.outgoing import Part
 from blockvirt.nbd.session import Session
 from blockvirt.nbd.shared import SharedResources
 from blockvirt.units import KIB, MIB
-from tests.nbd.conftest import PATIENCE_S, Bench, noise
+from tests.nbd.conftest import PATIENCE_S, Bench, read_request, sessions, until_starved
 from tests.volumes.conftest import until
-
-
-def sessions(bench: Bench) -> list[Session]:
-    return [one.session for one in bench.server._connections.values() if one.session is not None]
-
-
-async def until_starved(session: Session) -> None:
-    """Return when the session has stopped reading requests."""
-    async with asyncio.timeout(PATIENCE_S):
-        while session._may_read():  # noqa: ASYNC110 - the loop must run, and nothing announces it
-            await asyncio.sleep(0)
-
-
-def read_request(cookie: int, length: int, offset: int = 0) -> bytes:
-    return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, offset, length)
 
 
 @pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])
@@ -127,64 +110,6 @@ async def test_slow_requests_are_bounded_in_number(bench: Bench, shared: SharedR
     assert session.in_flight == 5
     gate.let_go()
     assert [len((await read).data) for read in reads] == [length] * 50
-
-
-async def test_a_request_that_waits_for_room_goes_on_when_a_reply_has_left(
-    bench: Bench, shared: SharedResources, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A turn may come between the end of a slow request and its reply, which holds its room until it was sent."""
-    bench.disk.now = False
-    shared.limits.connection_budget_bytes = MIB
-    client = await bench.enter()
-    slow_reply = Session.slow_reply
-
-    def behind_a_turn(session: Session, parts: Sequence[Part], buffer: Buffer | None) -> None:
-        session._schedule()
-        slow_reply(session, parts, buffer)
-
-    monkeypatch.setattr(Session, "slow_reply", behind_a_turn)
-    async with asyncio.timeout(PATIENCE_S):
-        for read in [client.start(c.CMD_READ, 0, MIB) for _ in range(4)]:
-            assert not (await read).error
-
-
-async def test_who_gave_back_in_vain_keeps_its_place(bench: Bench, shared: SharedResources) -> None:
-    """What it gives back calls it, as the first who waits; that is not enough, and the rest comes later."""
-    client = await bench.enter()
-    await client.write(0, noise(MIB))  # next time there will be a large buffer for what is received
-    shared.budget.limit_bytes = 8 * MIB
-    assert shared.budget.take("another connection", 6 * MIB, lambda: None)
-    read = client.start(c.CMD_READ, 0, 3 * MIB)
-    (session,) = sessions(bench)
-    await until_starved(session)
-    for _ in range(10):  # what it has called for happens
-        await asyncio.sleep(0)
-    shared.budget.give(6 * MIB)
-    async with asyncio.timeout(PATIENCE_S):
-        assert (await read).data[:MIB] == noise(MIB)
-
-
-async def test_who_cannot_send_does_not_wait_for_budget(bench: Bench, shared: SharedResources) -> None:
-    """It could not take its turn, and those behind it would wait for its client."""
-    shared.budget.limit_bytes = 8 * MIB
-    assert shared.budget.take("another connection", 6 * MIB, lambda: None)
-    write = REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, 0, 0, 4 * MIB)
-    blocked = 0
-    for replies in range(1, 40):  # one of them fills the socket in the turn in which the write asks for room
-        client = await bench.enter()
-        client._writer.transport.pause_reading()  # type: ignore[attr-defined]
-        session = sessions(bench)[-1]
-        client.send_raw(read_request(1, 64 * KIB) * replies + write)
-        await until_starved(session)
-        if session._outgoing.pending:
-            blocked += 1
-            assert not shared.budget._waiting, f"after {replies} replies"
-        else:
-            assert len(shared.budget) == 1
-        session.abandon("the test is over")
-        assert not shared.budget._waiting
-    assert blocked
-    shared.budget.give(6 * MIB)
 
 
 @pytest.mark.parametrize("now", [True, False], ids=["now", "slow"])

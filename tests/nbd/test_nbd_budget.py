@@ -108,6 +108,23 @@ def test_a_connection_that_is_called_but_cannot_take_stands_aside() -> None:
     assert other.take(15)
 
 
+def test_thousands_may_stand_aside_at_once() -> None:
+    """Each leaves when it is called, as sessions do at a shutdown; the last one takes."""
+    total, called, waiting = Budget(100), list[str](), list[ConnectionBudget]()
+
+    def stand_aside() -> None:
+        called.append("left")
+        waiting[len(called) - 1].stop_waiting()
+
+    assert total.take("a", 100, nothing)
+    for _ in range(5000):
+        waiting.append(ConnectionBudget(total, 1000, stand_aside))
+        assert not waiting[-1].take(10)
+    assert not total.take("b", 10, lambda: called.append("b"))
+    total.give(100)
+    assert called == ["left"] * 5000 + ["b"]
+
+
 def test_giving_too_much_back_is_found_out() -> None:
     with pytest.raises(AssertionError):
         Budget(100).give(1)

@@ -7,6 +7,7 @@ import pytest
 from blockvirt.device import BASE_ALLOCATION, Capabilities
 from blockvirt.nbd import constants as c
 from blockvirt.nbd.client import NbdClient, RequestFailed
+from blockvirt.nbd.messages import REQUEST
 from blockvirt.testing.memory_volume import MemoryDisk
 from blockvirt.units import KIB, MIB
 from tests.nbd.conftest import Bench
@@ -118,3 +119,12 @@ async def test_a_reader_does_not_wait_for_a_writer_of_the_origin(bench: Bench, s
     assert not write.done()
     gate.let_go()
     assert not (await write).error
+
+
+async def test_a_request_of_zeros_is_no_write(bench: Bench, snapshot: MemoryDisk) -> None:
+    """Framing is lost, as it would be on any other export."""
+    client = await bench.enter(export=NAME)
+    client.send_raw(REQUEST.pack(0, 0, 0, 1, 0, 16) + bytes(16))
+    await bench.session_ended()
+    assert not bench.server.stats().errors
+    assert bench.server.stats().total.requests == [0] * len(c.COMMAND_NAMES)

@@ -54,6 +54,21 @@ async def test_the_smallest_budget_keeps_the_leaf_that_is_being_changed(tmp_path
     await pool.close()
 
 
+async def test_a_leaf_that_is_loaded_again_stays_while_it_is_changed(tmp_path: Path) -> None:
+    """Where the map was looked up anew the cache has a place of before for it, and sweeps that one."""
+    pool = await Pool(tmp_path, replace(SETTINGS, leaf_cache_bytes=1)).start()
+    handle = await pool.open(await pool.volume(2 * LEAF_BYTES))
+    leaves = handle._opened.volume.map
+    leaves.leaf(0)
+    leaves.look_up_anew()
+    leaves.put(0, 77)
+    assert leaves.readable(0) == 77
+    assert leaves.dirty == {0: leaves.leaves[0]}
+    leaves.put(0, 0)
+    await handle.close()
+    await pool.close()
+
+
 async def test_leaves_take_no_more_memory_than_the_budget(tmp_path: Path) -> None:
     """What the allocator hands out while a map four times the budget is read, hash tables and the cache's ring too."""
     leaves, budget_bytes = 1_800, 2 * MIB
