@@ -374,5 +374,5 @@ BUGS: tuple[Bug, ...] = (
         _room_first("_write_held"),
         200,
     ),
-    _bug("sim-trims-need-space", "in a full pool trims fail", ("I10",), _room_first("_unmap"), 60),
+    _bug("sim-trims-need-space", "in a full pool trims fail", ("I10",), _room_first("_unmap"), 320),
 )
