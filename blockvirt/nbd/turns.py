@@ -59,9 +59,11 @@ class Turns:
     def _go_on(self) -> None:
         self._called = False
         self.pause_at_s = perf_counter() + self.pass_s
-        for _ in range(len(self._waiting)):  # who waits again meanwhile waits for the next pass
-            self._waiting.popleft().scheduled_turn()
-            if perf_counter() > self.pause_at_s:
-                break
-        if self._waiting:
-            self._call()
+        try:
+            for _ in range(len(self._waiting)):  # who waits again meanwhile waits for the next pass
+                self._waiting.popleft().scheduled_turn()
+                if perf_counter() > self.pause_at_s:
+                    break
+        finally:
+            if self._waiting:
+                self._call()

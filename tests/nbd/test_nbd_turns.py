@@ -90,6 +90,17 @@ async def test_a_turn_waits_while_others_do_or_when_all_have_worked_too_long(clo
     assert not turns.must_wait(clock.now_s)
 
 
+async def test_a_turn_that_raises_takes_nothing_from_others(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, history, told = Turns(PASS_S), list[str](), list[str]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+    broken = Worker(turns, clock, "a", history)
+    monkeypatch.setattr(broken, "clock", None)
+    for one in (broken, Worker(turns, clock, "b", history)):
+        turns.wait(one)
+    assert "".join(await passes(history, lambda: "b" in history)) == "|a|b"
+    assert len(told) == 1
+
+
 async def test_turns_of_busy_clients_leave_the_loop_to_others(
     bench: Bench, shared: SharedResources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
