@@ -48,18 +48,24 @@ def shares(count: int) -> dict[str, int]:
 
 def _fuzzed(budget: Budget, runs: dict[str, int]) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.attacks.codecs_child", str(budget.scratch), str(budget.seed)]
-    command += [budget.planted or "-", *(f"{name}={count}" for name, count in runs.items())]
+    command += [budget.planted or "-"]
     log = budget.scratch / "log"
     environment = os.environ | {"PYTHONHASHSEED": "0"}  # the order of a set of strings leads to other inputs
     with (
         log.open("wb") as said,
         subprocess.Popen(
-            command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said
+            command, cwd=CHECKOUT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
         ) as child,
     ):
+        assert child.stdin is not None
         assert child.stdout is not None
         try:
-            for line in child.stdout:
+            for name, count in runs.items():
+                child.stdin.write(f"{name}={count}\n".encode())
+                child.stdin.flush()
+                line = child.stdout.readline()
+                if not line:
+                    raise AssertionError(f"codecs: {name} was not done: {log.read_text(errors='replace')[-2_000:]}")
                 yield json.loads(line)
                 budget.say(f"codecs: {line[:60].decode()}")
         finally:

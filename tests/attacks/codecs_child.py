@@ -1,9 +1,10 @@
 """`python -m tests.attacks.codecs_child`: what feeds the targets of the attack "codecs", in a process of its own.
 
-codecs_child FOLDER SEED BUG TARGET=RUNS...     libFuzzer, coverage-guided by atheris; one process after the other
-codecs_child TARGET HEX                         one input again
+codecs_child FOLDER SEED BUG     libFuzzer, coverage-guided by atheris; one process after the other
+codecs_child TARGET HEX          one input again
 
-It prints a line of JSON for each target that is done: how many inputs it was given, and the one that broke a promise.
+It reads a line TARGET=RUNS and answers with a line of JSON when that target is done: how many inputs it was given, and
+the one that broke a promise. So whoever has seen enough says nothing more, and no fuzzer is left writing its corpus.
 """
 
 import json
@@ -37,7 +38,7 @@ def main() -> None:
         from tests.attacks.planted.bugs import bug_named
 
         bug_named(bug).plant(pytest.MonkeyPatch())
-    for wanted in sys.argv[4:]:
+    for wanted in sys.stdin:
         name, _, runs = wanted.partition("=")
         print(
             json.dumps(fuzz(folder / name, TARGETS[name].check, TARGETS[name].examples(), seed, int(runs))), flush=True
