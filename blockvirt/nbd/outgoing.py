@@ -115,19 +115,22 @@ class Outgoing:
             self._timer = self._loop.call_later(self._patience_s, self._check_patience)
         return False
 
-    def send_soon(self, parts: Sequence[Part], buffer: Buffer | None) -> None:
-        """Send a slow request's reply together with others that become ready in this pass of the loop.
+    def send_soon(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
+        """Send a slow request's reply: at once if it is ``alone``, else with others that this pass of the loop brings.
 
         ``buffer`` is what ``parts`` lies in: given back, and its charge with it, once it was sent.
         """
         if self._closed:
             self._settle_debt([buffer] if buffer else [])
             return
-        if not self._late:
-            self._loop.call_soon(self._send_late)
+        is_first = not self._late
         self._late.extend(parts)
         if buffer is not None:
             self._late_owed.append(buffer)
+        if alone:
+            self._send_late()
+        elif is_first:
+            self._loop.call_soon(self._send_late)
 
     def _send_late(self) -> None:
         late, self._late = self._late, []

@@ -295,9 +295,9 @@ class Session:
 
     # --- what slow requests call -----------------------------------------------------------------------------------
 
-    def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None) -> None:
-        """Send the reply to a slow request; ``buffer`` is given back once it is sent."""
-        self._outgoing.send_soon(parts, buffer)
+    def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
+        """See ReplySink."""
+        self._outgoing.send_soon(parts, buffer, alone=alone)
 
     def slow_done(self) -> None:
         """A slow request has ended: perhaps another can start, or the session can end."""

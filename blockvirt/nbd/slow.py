@@ -30,8 +30,8 @@ _CHANGES = frozenset({c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES})
 class ReplySink(Protocol):
     """What a session does with the outcome of a slow request."""
 
-    def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None) -> None:
-        """Send a reply; ``buffer`` is given back once it is sent."""
+    def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
+        """Send a reply; ``buffer`` is given back once it is sent. ``alone``: no other can come with it."""
 
     def slow_done(self) -> None:
         """A slow request has ended, whatever became of it: there is room for another."""
@@ -190,11 +190,11 @@ class SlowLane:
         self._flushes.discard(flushed)
         failure = ShuttingDown("a flush was cancelled") if flushed.cancelled() else flushed.exception()
         if failure is None:
-            self._sink.slow_reply((done(cookie),), None)
+            self._sink.slow_reply((done(cookie),), None, alone=self.count == 1)
         elif isinstance(failure, ShuttingDown):
             self._sink.abandon("the volume is shutting down")
         else:
-            self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None)
+            self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None, alone=self.count == 1)
         self._ended(c.CMD_FLUSH, began_s, 1, 0)
 
     async def _status(self, flags: int, cookie: int, offset: int, length: int) -> Sequence[Part]:
@@ -248,9 +248,9 @@ class SlowLane:
                 parts = await self._outcome(command, cookie, work)
                 if command == c.CMD_READ:
                     sent_from, buffer = buffer, None
-                    self._sink.slow_reply(parts, sent_from)
+                    self._sink.slow_reply(parts, sent_from, alone=self.count == requests)
                 else:
-                    self._sink.slow_reply(parts, None)
+                    self._sink.slow_reply(parts, None, alone=self.count == requests)
         except ShuttingDown:
             # ESHUTDOWN would be an I/O error in the guest; a closed connection makes the client come back and re-send
             self._sink.abandon("the volume is shutting down")

@@ -4,13 +4,17 @@ One sync where the map did not change: of the data. Where it did, the journal mu
 changes made before the flush began, and what they name must be durable before the mark is. If little was written since
 the last flush the mark brings it along, and the journal alone is synced; else the data is synced first, then the mark.
 Who asks while one runs joins the next.
+
+The first sync of a round begins in the call where one client alone asks: its turns in the loop would be a tenth of the
+time that a write and a flush take. Where several ask, a round waits for one turn, and they share it.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+from blockvirt.errors import BlockvirtError
 from blockvirt.limits import FLUSH_EMBED_BYTES
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.journal import Journal
@@ -19,17 +23,22 @@ from blockvirt.volumes.volume import Volume
 Changes = tuple[BackingFile, list[tuple[int, bytes]] | None]
 """A file, and what was written in it since the last flush (``BackingFile.take_last_changes``)."""
 
+Sync = tuple[str, Callable[[], None]]
+"""What it means if it fails, and what blocks until it is done."""
+
 
 class Flusher:
     """The flushes of one open volume."""
 
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
-        self.syncing = asyncio.Lock()
+        self.syncing = SyncLock()
         """Held by a flush, and by a checkpoint from its freeze to its commit: a flush that comes while a checkpoint
         runs waits for its commit, so a mark never speaks across generations."""
         self._next: list[asyncio.Future[None]] | None = None
         """Who waits for the round that has not begun."""
+        self._alone = True
+        """The last round had one asker, and nobody came while it ran: to wait for others to join would be in vain."""
 
     def flush(self) -> "asyncio.Future[None]":
         """Return what is done when every write replied to before the call is durable. It, or the call: VolumeStopped.
@@ -37,40 +46,72 @@ class Flusher:
         It is the caller's own: to cancel it takes nothing from others who wait for the same round.
         """
         self._volume.check()
-        if self._next is None:
-            self._next = []
-            task = self._volume.tasks.start(self._round(self._next), "flush")
-            task.add_done_callback(partial(self._ended, self._next))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._next.append(future)
+        if self._next is not None:
+            self._next.append(future)
+        elif self._alone and not self._volume.unsettled() and self.syncing.take():
+            self._begin([future])
+        else:
+            self._next = [future]
+            task = self._volume.tasks.start(self._begin_later(self._next), "flush")
+            task.add_done_callback(partial(self._given_up, self._next))
         return future
 
-    async def _round(self, waiting: "list[asyncio.Future[None]]") -> None:
-        try:
-            async with self.syncing:
-                # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
-                self._next = None
-                started_s = time.perf_counter()
-                await self._flush_noted()
-                self._volume.stats.flushes += 1
-                self._volume.stats.flush_s += time.perf_counter() - started_s
-        except Exception as error:
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(error)
-        else:
-            for future in waiting:
-                if not future.done():
-                    future.set_result(None)
+    async def _begin_later(self, waiting: "list[asyncio.Future[None]]") -> None:
+        await self.syncing.acquire()
+        # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
+        self._next = None
+        self._begin(waiting)
 
-    def _ended(self, waiting: "list[asyncio.Future[None]]", _: "asyncio.Task[None]") -> None:
-        """Have nobody wait for a round that was cancelled, perhaps before its first step."""
+    def _given_up(self, waiting: "list[asyncio.Future[None]]", _: "asyncio.Task[None]") -> None:
+        """Have nobody wait for a round that was cancelled before it began."""
         if self._next is waiting:
             self._next = None
-        for future in waiting:
-            future.cancel()
+            for future in waiting:
+                future.cancel()
 
-    async def _flush_noted(self) -> None:
+    def _begin(self, waiting: "list[asyncio.Future[None]]") -> None:
+        """Do a round; ``syncing`` is held, and given back in the end."""
+        self._go_on(waiting, self._syncs(), time.perf_counter())
+
+    def _go_on(self, waiting: "list[asyncio.Future[None]]", syncs: Iterator[Sync], began_s: float) -> None:
+        try:
+            what, sync = next(syncs)
+        except StopIteration:
+            self._volume.stats.flushes += 1
+            self._volume.stats.flush_s += time.perf_counter() - began_s
+            self._end(waiting, None)
+            return
+        except Exception as error:
+            self._end(waiting, error)
+            return
+        sync_began_s = time.perf_counter()
+
+        def ended(_: object, error: BaseException | None) -> None:
+            failure = sync_ended(self._volume, what, sync_began_s, error)
+            if failure is None:
+                self._go_on(waiting, syncs, began_s)
+            else:
+                self._end(waiting, failure)
+
+        try:
+            self._volume.context.threads.call(sync, ended)
+        except Exception as error:
+            ended(None, error)
+
+    def _end(self, waiting: "list[asyncio.Future[None]]", failure: BaseException | None) -> None:
+        self._alone = len(waiting) == 1 and self._next is None
+        self.syncing.release()
+        for future in waiting:
+            if future.done():
+                continue
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(failure)
+
+    def _syncs(self) -> Iterator[Sync]:
+        """Note what a round speaks for, and give the syncs that it takes, one when the other is done."""
         volume = self._volume
         volume.check()
         assert not volume.unsettled()
@@ -78,18 +119,34 @@ class Flusher:
         changes = [(file, file.take_last_changes()) for file in volume.files.open_files.values()]
         # Also where data lies in the journal: it would overwrite what is only synced at home after a power cut.
         if journal is None or not (journal.needs_mark() or journal.holds_data):
-            await sync_data(volume)
+            yield from data_syncs(volume)
             return
         if not journal.needs_mark() and all(ranges == [] for _, ranges in changes):
             return  # the flush before this one spoke for everything
         upto = journal.map_sequence
         try:
             if not _embed(volume, journal, upto, changes):
-                await _sync_and_mark(volume, journal, upto)
+                yield from data_syncs(volume, also_grown=True)
+                volume.check()
+                _mark(journal, upto)
         except OSError as error:
             raise volume.stop("its journal cannot be written", error) from error
-        await sync_guarded(volume, "its journal cannot be synced", journal.sync)
+        yield "its journal cannot be synced", journal.sync
         journal.durable_sequence = max(journal.durable_sequence, upto)
+
+
+class SyncLock(asyncio.Lock):
+    """A lock that can also be taken without a task."""
+
+    def take(self) -> bool:
+        """Take it if nobody has it or waits for it; whoever gets True calls ``release``."""
+        acquiring = self.acquire()
+        try:
+            acquiring.send(None)
+        except StopIteration:
+            return True
+        acquiring.close()
+        return False
 
 
 def _embed(volume: Volume, journal: Journal, upto: int, changes: Iterable[Changes]) -> bool:
@@ -110,17 +167,15 @@ def _embed(volume: Volume, journal: Journal, upto: int, changes: Iterable[Change
     return True
 
 
-async def _sync_and_mark(volume: Volume, journal: Journal, upto: int) -> None:
-    """Bring everything home, then append a mark that says so: data in the journal is void from there on."""
-    await sync_data(volume, also_grown=True)
-    volume.check()
+def _mark(journal: Journal, upto: int) -> None:
+    """Append a mark that says that everything is at home: data in the journal is void from there on."""
     marked = journal.mark(upto)
     assert marked, "room for marks is kept free, and a half-full journal asks for a checkpoint"
     journal.holds_data = False
 
 
-async def sync_data(volume: Volume, *, also_grown: bool = False) -> None:
-    """Sync the files written since they were last noted. A failure stops the volume (I7)."""
+def data_syncs(volume: Volume, *, also_grown: bool = False) -> Iterator[Sync]:
+    """Note that what was written is synced, and give the sync: what is written from here on takes another."""
     files = volume.files.unsynced(also_grown=also_grown)
     if not files:
         return
@@ -131,15 +186,33 @@ async def sync_data(volume: Volume, *, also_grown: bool = False) -> None:
         for file in files:
             file.sync()
 
-    await sync_guarded(volume, "its data cannot be synced", sync_all)
+    yield "its data cannot be synced", sync_all
+
+
+async def sync_data(volume: Volume, *, also_grown: bool = False) -> None:
+    """Sync the files written since they were last noted. A failure stops the volume (I7)."""
+    for what, sync in data_syncs(volume, also_grown=also_grown):
+        await sync_guarded(volume, what, sync)
 
 
 async def sync_guarded(volume: Volume, what: str, sync: Callable[[], None]) -> None:
     """Run a blocking sync in a thread; whatever keeps it from succeeding stops the volume (I7)."""
-    started_s = time.perf_counter()
+    began_s, failure = time.perf_counter(), None
     try:
         await volume.context.threads.run(sync)
-    except OSError as error:
-        raise volume.stop(what, error) from error
+    except Exception as error:
+        failure = error
+    failure = sync_ended(volume, what, began_s, failure)
+    if failure is not None:
+        raise failure
+
+
+def sync_ended(volume: Volume, what: str, began_s: float, error: BaseException | None) -> BlockvirtError | None:
+    """Count a sync, or stop the volume for its failure; returns what to tell those who wait for it."""
+    if error is not None:
+        stopped = volume.stop(what, error)
+        stopped.__cause__ = error
+        return stopped
     volume.stats.syncs += 1
-    volume.stats.sync_s += time.perf_counter() - started_s
+    volume.stats.sync_s += time.perf_counter() - began_s
+    return None

@@ -10,13 +10,14 @@ from blockvirt.volumes.opened import OpenVolume
 
 
 class Handle:
-    """What one session holds. The ``*_now`` verbs are the volume's own, without a call in between."""
+    """What one session holds. The verbs of every pass are the volume's own, without a call in between."""
 
     __slots__ = (
         "_close",
         "_opened",
         "block_bytes",
         "capabilities",
+        "flush",
         "lost",
         "read_now",
         "session_id",
@@ -38,6 +39,7 @@ class Handle:
         self.read_now = volume.read_now
         self.write_now = volume.write_now
         self.settle = volume.settle
+        self.flush = opened.flusher.flush
 
     @property
     def volume_id(self) -> str:
@@ -55,10 +57,6 @@ class Handle:
     async def zero(self, offset: int, length: int, *, punch: bool, fast: bool = False, fua: bool = False) -> None:
         """See VolumeHandle."""
         await self._opened.slow.zero(offset, length, punch=punch, fast=fast, fua=fua)
-
-    def flush(self) -> "asyncio.Future[None]":
-        """See VolumeHandle."""
-        return self._opened.flusher.flush()
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """See VolumeHandle."""

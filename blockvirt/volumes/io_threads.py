@@ -1,18 +1,20 @@
 """The threads for what would block the loop: cold reads, syncs, copies, file creation.
 
-``concurrent.futures`` makes two futures, a condition and a wake-up of the loop for each call; here it is one future,
-and results that become ready together wake the loop once. Each thread sleeps on a lock of its own: threads that share a
-queue's wake one another to find it empty, and take the processor from the one that has work.
+``concurrent.futures`` makes two futures, a condition and a wake-up of the loop for each call; here it is one future, or
+none, and results that become ready together wake the loop once. Each thread sleeps on a lock of its own: threads that
+share a queue's wake one another to find it empty, and take the processor from the one that has work.
 """
 
 import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Item = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+Then = Callable[[Any, BaseException | None], None]
+"""Is told what work returned, or what it raised."""
 
 
 class _Thread:
@@ -33,9 +35,10 @@ class IoThreads:
         self._threads: list[_Thread] = []
         self._idle: list[_Thread] = []
         """Who sleeps, or is about to: the last to come is the first to be woken, as its caches are the warmest."""
-        self._work: deque[_Item] = deque()
+        self._work: deque[tuple[Callable[[], Any], Then]] = deque()
         self._ending = False
-        self._results: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._results: deque[tuple[Then, Any, BaseException | None]] = deque()
         self._announced = False
         """The loop was told that there are results, and has not looked yet."""
         self._outstanding = 0
@@ -43,12 +46,17 @@ class IoThreads:
     def submit(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         """Run ``work`` in a thread and return the future of its result. Cancelling that does not stop the work."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.call(work, partial(_settle, future))
+        return future
+
+    def call(self, work: Callable[[], Any], then: Then) -> None:
+        """Run ``work`` in a thread, then ``then`` on the loop, in the pass in which that hears of it."""
+        self._loop = asyncio.get_running_loop()
         self._outstanding += 1
         if len(self._threads) < min(self._outstanding, self._most):
             self._threads.append(_Thread(self._serve, f"blockvirt-io-{len(self._threads)}"))
-        self._work.append((work, future))
+        self._work.append((work, then))
         self._wake_one()
-        return future
 
     def _wake_one(self) -> None:
         try:
@@ -74,7 +82,7 @@ class IoThreads:
             future.exception()  # nobody else will ask
             raise
 
-    def _next(self, me: _Thread) -> _Item | None:
+    def _next(self, me: _Thread) -> tuple[Callable[[], Any], Then] | None:
         """Sleep until there is work and return it; None at the end."""
         while True:
             try:
@@ -93,33 +101,31 @@ class IoThreads:
 
     def _serve(self, me: _Thread) -> None:
         while (item := self._next(me)) is not None:
-            work, future = item
+            work, then = item
             try:
-                self._results.append((future, work(), None))
+                self._results.append((then, work(), None))
             except BaseException as error:
-                self._results.append((future, None, error))
+                self._results.append((then, None, error))
             if not self._announced:
                 self._announced = True
+                assert self._loop is not None
                 try:
-                    future.get_loop().call_soon_threadsafe(self._deliver)
+                    self._loop.call_soon_threadsafe(self._deliver)
                 except RuntimeError:
                     return  # the loop is closed: nobody waits any more
-            del item, work, future  # nothing of it may live on while this thread waits for more
+            del item, work, then  # nothing of it may live on while this thread waits for more
 
     def _deliver(self) -> None:
         # First: a result that is appended behind the last look below is announced anew.
         self._announced = False
         while self._results:
-            future, value, error = self._results.popleft()
+            then, value, error = self._results.popleft()
             self._outstanding -= 1
-            if future.cancelled():
-                continue
-            if error is None:
-                future.set_result(value)
-            elif isinstance(error, StopIteration):  # no future takes one
-                future.set_exception(RuntimeError("work in a thread raised StopIteration"))
-            else:
-                future.set_exception(error)
+            try:
+                then(value, error)
+            except Exception as failure:  # our own mistake: it may cost nobody else a result
+                assert self._loop is not None
+                self._loop.call_exception_handler({"message": f"after work in a thread: {then}", "exception": failure})
 
     def close(self) -> None:
         """Wait for what was submitted and end the threads. Blocks. Idempotent."""
@@ -130,3 +136,14 @@ class IoThreads:
         for each in threads:
             each.thread.join()
         self._ending = False  # work that comes even so gets a thread, as at the beginning
+
+
+def _settle(future: "asyncio.Future[T]", value: T, error: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(value)
+    elif isinstance(error, StopIteration):  # no future takes one
+        future.set_exception(RuntimeError("work in a thread raised StopIteration"))
+    else:
+        future.set_exception(error)

@@ -57,6 +57,9 @@ class OpenVolume:
             volume.age_timer.cancel()
         await self._quiet()
         await volume.tasks.wait()
+        async with self.flusher.syncing:
+            pass  # no task: a flush that is under way
+        await volume.tasks.wait()
         if isinstance(volume.failure, VolumeStopped):
             await volume.note_stop()
         await volume.files.close(give_back=volume.failure is None)

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -122,14 +123,18 @@ class SimLoop(asyncio.BaseEventLoop):
     def submit(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         """Have ``work`` done in a thread, later; returns the future of its result."""
         future: asyncio.Future[T] = self.create_future()
-        self.call_later(self.delay_s(), self._begin, work, future)
+        self.call(work, partial(_deliver, future))
         return future
+
+    def call(self, work: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> None:
+        """Have ``work`` done in a thread, later, and ``then`` told of its end, later still."""
+        self.call_later(self.delay_s(), self._begin, work, then)
 
     def delay_s(self) -> float:
         """Return how long something takes: mostly next to nothing, now and then an age."""
         return self.dice.choice((0.0, 0.0, 0.0, 1e-5, 1e-4, 1e-4, 1e-3, 1e-3, 2e-2, 0.2))
 
-    def _begin(self, work: Callable[[], Any], future: "asyncio.Future[Any]") -> None:
+    def _begin(self, work: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> None:
         value, error = None, None
         self._in_thread = True
         try:
@@ -138,7 +143,7 @@ class SimLoop(asyncio.BaseEventLoop):
             error = raised
         self._in_thread = False
         if not self.is_dead:
-            self.call_later(self.delay_s(), _deliver, future, value, error)
+            self.call_later(self.delay_s(), then, value, error)
 
     def rest(self, probability: float = 0.5) -> None:
         """Let others run for a while, if this is work for a thread; raises Killed if the process dies meanwhile."""
@@ -186,6 +191,10 @@ class SimThreads:
     def submit(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         """See IoThreads."""
         return _loop().submit(work)
+
+    def call(self, work: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> None:
+        """See IoThreads."""
+        _loop().call(work, then)
 
     async def run(self, work: Callable[[], T]) -> T:
         """See IoThreads."""

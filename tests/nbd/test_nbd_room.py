@@ -24,9 +24,9 @@ async def test_a_request_that_waits_for_room_goes_on_when_a_reply_has_left(
     client = await bench.enter()
     slow_reply = Session.slow_reply
 
-    def behind_a_turn(session: Session, parts: Sequence[Part], buffer: Buffer | None) -> None:
+    def behind_a_turn(session: Session, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
         session._schedule()
-        slow_reply(session, parts, buffer)
+        slow_reply(session, parts, buffer, alone=alone)
 
     monkeypatch.setattr(Session, "slow_reply", behind_a_turn)
     async with asyncio.timeout(PATIENCE_S):

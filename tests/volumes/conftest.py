@@ -128,6 +128,8 @@ async def abandon(pool: Pool, *, power_cut: bool) -> None:
         if volume.age_timer is not None:
             volume.age_timer.cancel()
         await volume.tasks.wait()
+        async with opened.flusher.syncing:
+            pass
         for file in volume.files.open_files.values():
             file.close()
         volume.files.open_files.clear()

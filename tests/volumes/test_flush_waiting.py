@@ -1,9 +1,11 @@
 """Who waits for a flush: several share a round, and whatever becomes of it or of one of them, nobody waits for ever."""
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
+from blockvirt.volumes.flush import Sync
 from tests.volumes.conftest import Pool, until, write
 from tests.volumes.test_flush import CHUNK, FIRST, Syncs, opened
 
@@ -24,6 +26,7 @@ async def test_who_gives_up_takes_nothing_from_others(pool: Pool, monkeypatch: p
 async def test_nobody_waits_for_a_round_that_was_cancelled_before_its_first_step(pool: Pool) -> None:
     _, handle = await opened(pool)
     await write(handle, CHUNK, FIRST)
+    handle._opened.flusher._alone = False
     flush = handle.flush()
     await handle._opened.volume.tasks.close()
     async with asyncio.timeout(20):
@@ -36,10 +39,11 @@ async def test_a_surprise_in_a_round_is_told_to_all_who_wait(pool: Pool, monkeyp
     _, handle = await opened(pool)
     with monkeypatch.context() as patched:
 
-        async def surprise() -> None:
+        def surprise() -> Iterator[Sync]:
             raise ZeroDivisionError
+            yield
 
-        patched.setattr(handle._opened.flusher, "_flush_noted", surprise)
+        patched.setattr(handle._opened.flusher, "_syncs", surprise)
         flushes = [handle.flush(), handle.flush()]
         for flush in flushes:
             with pytest.raises(ZeroDivisionError):

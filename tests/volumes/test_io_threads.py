@@ -102,7 +102,7 @@ async def test_work_that_comes_as_a_thread_goes_to_sleep_is_done() -> None:
     late = threads._work = _Late()
     assert await threads.run(lambda: "first") == "first"
     future = asyncio.get_running_loop().create_future()
-    late.coming = (lambda: "late", future)
+    late.coming = (lambda: "late", lambda value, _: future.set_result(value))
     assert await threads.run(lambda: "second") == "second"
     async with asyncio.timeout(PATIENCE_S):
         assert await future == "late"
@@ -125,3 +125,24 @@ async def test_work_after_the_end_is_done() -> None:
         async with asyncio.timeout(PATIENCE_S):
             assert await threads.run(lambda: 9) == 9
         threads.close()
+
+
+async def test_who_is_called_is_told_of_the_end_and_his_mistake_is_his_own() -> None:
+    threads, told, mistakes = IoThreads(1), list[object](), list[dict[str, Any]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: mistakes.append(context))
+    failure = OSError(5, "planted")
+
+    def fail() -> None:
+        raise failure
+
+    def mistaken(value: object, error: BaseException | None) -> None:
+        told.append((value, error))
+        raise ZeroDivisionError
+
+    threads.call(lambda: "done", mistaken)
+    threads.call(fail, mistaken)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await threads.run(lambda: "behind them") == "behind them"
+    assert told == [("done", None), (None, failure)]
+    assert [type(mistake["exception"]) for mistake in mistakes] == [ZeroDivisionError] * 2
+    threads.close()

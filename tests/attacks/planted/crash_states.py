@@ -1,6 +1,7 @@
 """Bugs of the kind that crash states find: something is promised before what it rests on is on the disk."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,53 +10,36 @@ from blockvirt.pool.backing import BackingFile, unlink_files
 from blockvirt.syscalls import zero_range
 from blockvirt.volumes import checkpoint, flush, recovery
 from blockvirt.volumes.context import VolumeContext
-from blockvirt.volumes.flush import Flusher
+from blockvirt.volumes.flush import Flusher, Sync
 from blockvirt.volumes.journal import Journal, journal_paths
 from blockvirt.volumes.recovery import Replay
-from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug, replacing
+from tests.attacks.planted.data_syncs import in_flushes, none_at_all, noted_afterwards, sync_nothing
 
 ATTACK = "crash_states"
 
 
-async def _no_sync(volume: Volume, *, also_grown: bool = False) -> None:
-    for file in volume.files.unsynced(also_grown=also_grown):
-        file.unsynced_bytes, file.grown = 0, False
-
-
-async def _noted_afterwards(volume: Volume, *, also_grown: bool = False) -> None:
-    files = volume.files.unsynced(also_grown=also_grown)
-
-    def sync_all() -> None:
-        for file in files:
-            file.sync()
-
-    await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
-    for file in files:
-        file.unsynced_bytes, file.grown = 0, False  # what was written meanwhile is not looked for any more
-
-
-async def _mark_first(self: Flusher) -> None:
+def _mark_first(self: Flusher) -> Iterator[Sync]:
     volume = self._volume
     volume.check()
     journal = volume.journal
     if journal is not None and journal.needs_mark():
         upto = journal.map_sequence
         journal.mark(upto)
-        await flush.sync_guarded(volume, "its journal cannot be synced", journal.sync)
+        yield "its journal cannot be synced", journal.sync
         journal.durable_sequence = max(journal.durable_sequence, upto)
-    await flush.sync_data(volume)
+    yield from flush.data_syncs(volume)
 
 
-async def _mark_too_much(self: Flusher) -> None:
+def _mark_too_much(self: Flusher) -> Iterator[Sync]:
     volume = self._volume
     volume.check()
     journal = volume.journal
-    await flush.sync_data(volume)
+    yield from flush.data_syncs(volume)
     if journal is not None and journal.needs_mark():
         upto = journal.map_sequence  # by now, and not when the files to sync were noted
         journal.mark(upto)
-        await flush.sync_guarded(volume, "its journal cannot be synced", journal.sync)
+        yield "its journal cannot be synced", journal.sync
         journal.durable_sequence = max(journal.durable_sequence, upto)
 
 
@@ -71,7 +55,8 @@ async def _join_the_running_one(self: Flusher) -> None:
 
 async def _whole_round(flusher: Flusher) -> None:
     async with flusher.syncing:
-        await flusher._flush_noted()
+        for what, sync in flusher._syncs():
+            await flush.sync_guarded(flusher._volume, what, sync)
 
 
 _commit = recovery._commit
@@ -97,7 +82,7 @@ def _yes(*_: Any) -> bool:
     return True
 
 
-def _bug(name: str, what: str, plant: Any, *breaks: str, count: int = 200, is_quick: bool = False) -> Bug:
+def _bug(name: str, what: str, plant: Any, *breaks: str, count: int = 400, is_quick: bool = False) -> Bug:
     return Bug(name, what, breaks, ATTACK, plant, count=count, seed=1, is_quick=is_quick)
 
 
@@ -105,26 +90,26 @@ BUGS: tuple[Bug, ...] = (
     _bug(
         "flush-without-data",
         "a flush syncs the journal and not the files",
-        replacing(flush, "sync_data", _no_sync),
+        in_flushes(none_at_all),
         "I3",
         is_quick=True,
     ),
     _bug(
         "mark-before-data",
         "a flush syncs the mark, then the data",
-        replacing(Flusher, "_flush_noted", _mark_first),
+        replacing(Flusher, "_syncs", _mark_first),
         "I1",
     ),
     _bug(
         "mark-speaks-for-later-writes",
         "a mark names the newest frame, not the newest before the sync",
-        replacing(Flusher, "_flush_noted", _mark_too_much),
+        replacing(Flusher, "_syncs", _mark_too_much),
         "I1",
     ),
     _bug(
         "sync-noted-afterwards",
         "writes during a sync count as synced",
-        replacing(flush, "sync_data", _noted_afterwards),
+        in_flushes(noted_afterwards),
         "I3",
     ),
     _bug(
@@ -136,7 +121,7 @@ BUGS: tuple[Bug, ...] = (
     _bug(
         "checkpoint-without-data",
         "a checkpoint syncs no file",
-        replacing(checkpoint, "sync_data", _no_sync),
+        replacing(checkpoint, "sync_data", sync_nothing),
         "I1",
         "I5",
     ),

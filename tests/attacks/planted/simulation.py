@@ -20,6 +20,7 @@ from blockvirt.volumes.slow_path import SlowPath
 from blockvirt.volumes.tail import Tail
 from blockvirt.volumes.volume import Volume
 from tests.attacks.planted.bugs import Bug, replacing
+from tests.attacks.planted.data_syncs import in_flushes, none_at_all, noted_afterwards, sync_nothing
 from tests.attacks.planted.full import lose_fresh
 from tests.attacks.planted.simulation_data import (
     bring_home_always,
@@ -29,29 +30,6 @@ from tests.attacks.planted.simulation_data import (
 )
 
 _QUICK = 30
-
-
-async def _no_sync(volume: Volume, *, also_grown: bool = False) -> None:
-    for file in volume.files.unsynced(also_grown=also_grown):
-        file.unsynced_bytes, file.grown = 0, False
-
-
-async def _sync_then_forget(volume: Volume, *, also_grown: bool = False) -> None:
-    files = volume.files.unsynced(also_grown=also_grown)
-
-    def sync_all() -> None:
-        for file in files:
-            file.sync()
-
-    if files:
-        await flush.sync_guarded(volume, "its data cannot be synced", sync_all)
-    for file in files:
-        file.unsynced_bytes, file.grown = 0, False
-
-
-def _in_flush_and_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(flush, "sync_data", _sync_then_forget)
-    patch.setattr(checkpoint, "sync_data", _sync_then_forget)
 
 
 def _write_frame_later(self: Journal, frame: bytes, crc: int) -> None:
@@ -189,21 +167,17 @@ def _count_before(self: BackingFile, data: memoryview, position: int) -> None:
 
 
 def _sync_twice(patch: pytest.MonkeyPatch) -> None:
-    guarded = flush.sync_guarded
-
-    def again(sync: Callable[[], None]) -> Callable[[], None]:
-        def wrong() -> None:
+    def again(sync: Callable[[Any], None]) -> Callable[[Any], None]:
+        def wrong(self: Any) -> None:
             try:
-                sync()
+                sync(self)
             except OSError:
-                sync()
+                sync(self)
 
         return wrong
 
-    async def wrong(volume: Volume, what: str, sync: Callable[[], None]) -> None:
-        await guarded(volume, what, again(sync))
-
-    patch.setattr(flush, "sync_guarded", wrong)
+    patch.setattr(BackingFile, "sync", again(BackingFile.sync))
+    patch.setattr(Journal, "sync", again(Journal.sync))
 
 
 def _sync_no_directory(patch: pytest.MonkeyPatch) -> None:
@@ -238,14 +212,14 @@ BUGS: tuple[Bug, ...] = (
         "sim-mark-without-data",
         "a flush marks journal frames as durable without a sync of the data that they name",
         ("I1", "I3"),
-        replacing(flush, "sync_data", _no_sync),
+        in_flushes(none_at_all),
         30,
     ),
     _bug(
         "sim-commit-without-data",
         "a checkpoint commits map entries without a sync of the data that they name",
         ("I1", "I5"),
-        replacing(checkpoint, "sync_data", _no_sync),
+        replacing(checkpoint, "sync_data", sync_nothing),
         30,
     ),
     _bug(
@@ -304,7 +278,7 @@ BUGS: tuple[Bug, ...] = (
         "sim-sync-then-forget",
         "a flush forgets what was written to a file while it was being synced",
         ("I3",),
-        _in_flush_and_checkpoint,
+        replacing(flush, "data_syncs", noted_afterwards),
         60,
     ),
     _bug(
