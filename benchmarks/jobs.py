@@ -44,7 +44,7 @@ HOLELESS = frozenset({Role.FLOOR, Role.PYTHON})
 """Who cannot tell a hole from data: they copy a volume of just the data."""
 WITH_FILE_FLOOR = PEERS | {Role.FILE_FLOOR, Role.VOLUME}
 WITH_BARE = PEERS | {Role.FILE_FLOOR, Role.BARE}
-WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2})
+WITH_SNAPSHOTS = frozenset({Role.OURS, Role.QCOW2, Role.VOLUME})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,24 @@
 """The volume floor of the speed report: the Python floor with what no server of volumes in an asyncio program can omit.
 
-    python -m benchmarks.volume_floor SOCKET SIZE_BYTES FILE
+    python -m benchmarks.volume_floor SOCKET SIZE_BYTES FILE [SNAPSHOT]
 
 It runs on uvloop; looks up each chunk in a map of leaves, and the file that the entry names; reads so that what is not
 in the page cache would not hold up the loop; remembers of each write what a flush may take into a journal; counts and
-takes the time. All of it lies in one function, without a call of Python in between. There is no copy-on-write, no
-allocation (each chunk is mapped from the beginning, where it lies in the volume), no budget, no room for other clients.
+takes the time. All of it lies in one function, without a call of Python in between. There is no budget and no room for
+other clients, and each chunk is mapped from the beginning, where it lies in the volume. With SNAPSHOT it lies in that
+file: what is written first in a chunk is copied to the end of FILE with it, and the map's changes go to a journal.
 """
 
 import asyncio
 import contextlib
 import os
 import socket
+import struct
 import sys
+import zlib
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 
@@ -40,7 +44,11 @@ from benchmarks.floor import (
 
 CHUNK_SHIFT, LEAF_SHIFT, FILE_SHIFT = 14, 9, 28
 CHUNK_MASK, LEAF_MASK = (1 << FILE_SHIFT) - 1, (1 << LEAF_SHIFT) - 1
+CHUNK_BYTES = 1 << CHUNK_SHIFT
+SNAPSHOT_ENTRY = 1 << FILE_SHIFT
+CHANGE = struct.Struct("<IIQ")
 NOTED_BYTES, NOTED_WRITES = 32 << 10, 16
+JOURNAL_BYTES = 16 << 20
 
 
 class Leaf:
@@ -48,8 +56,9 @@ class Leaf:
 
     __slots__ = ("entries", "touched")
 
-    def __init__(self, number: int) -> None:
-        self.entries = array("Q", range(number << LEAF_SHIFT, (number + 1) << LEAF_SHIFT))
+    def __init__(self, number: int, file: int) -> None:
+        first = file << FILE_SHIFT | number << LEAF_SHIFT
+        self.entries = array("Q", range(first, first + (1 << LEAF_SHIFT)))
         self.touched = False
 
 
@@ -65,12 +74,17 @@ class File:
 
 
 class VolumeConnection(Connection):
-    """Requests go through the map; one that touches several chunks finds them side by side."""
+    """Requests go through the map; one that touches several chunks finds them side by side, but for a snapshot's."""
 
-    def __init__(self, sock: socket.socket, fd: int, size_bytes: int, flushes: Flushes) -> None:
-        super().__init__(sock, fd, size_bytes, flushes)
-        self._leaves = {number: Leaf(number) for number in range((size_bytes >> CHUNK_SHIFT >> LEAF_SHIFT) + 1)}
-        self._files = {0: File(fd)}
+    def __init__(
+        self, sock: socket.socket, fds: Sequence[int], journal: int, size_bytes: int, flushes: Flushes
+    ) -> None:
+        super().__init__(sock, fds[0], size_bytes, flushes)
+        self._journal = journal
+        last, leaves = len(fds) - 1, range((size_bytes >> CHUNK_SHIFT >> LEAF_SHIFT) + 1)
+        self._leaves = {number: Leaf(number, last) for number in leaves}
+        self._files = {number: File(fd) for number, fd in enumerate(fds)}
+        self._used_chunks = self._journal_bytes = 0
         self._failure: OSError | None = None
         self.reads = self.writes = self.bytes_read = self.bytes_written = 0
         self.busy_s = 0.0
@@ -79,6 +93,7 @@ class VolumeConnection(Connection):
         view, arena, low, high, used = self._view, self._arena, self._low, self._high, 0
         leaves, files = self._leaves, self._files
         out: list[bytes | memoryview] = []
+        changed: list[bytes] = []
         known, began_s = True, perf_counter()
         while high - low >= REQUEST.size and used < BATCH_BYTES and len(out) < BATCH_PARTS:
             magic, _, command, cookie, offset, length = REQUEST.unpack_from(view, low)
@@ -90,7 +105,7 @@ class VolumeConnection(Connection):
             entry = leaf.entries[chunk & LEAF_MASK]
             leaf.touched = True
             file = files[entry >> FILE_SHIFT]
-            position = ((entry & CHUNK_MASK) << CHUNK_SHIFT) + (offset & ((1 << CHUNK_SHIFT) - 1))
+            position = ((entry & CHUNK_MASK) << CHUNK_SHIFT) + (offset & (CHUNK_BYTES - 1))
             if self._failure is not None:
                 raise self._failure
             if command == CMD_READ:
@@ -110,13 +125,21 @@ class VolumeConnection(Connection):
                 if high - low < REQUEST.size + length:
                     break
                 data = view[low + REQUEST.size : low + REQUEST.size + length]
+                if entry >= SNAPSHOT_ENTRY:
+                    copy, within = bytearray(CHUNK_BYTES), position & (CHUNK_BYTES - 1)
+                    os.preadv(file.fd, (copy,), position - within, os.RWF_NOWAIT)
+                    copy[within : within + length] = data
+                    data, file, entry = memoryview(copy), files[0], self._used_chunks
+                    position, self._used_chunks = entry << CHUNK_SHIFT, entry + 1
+                    leaf.entries[chunk & LEAF_MASK] = entry
+                    changed.append(CHANGE.pack(chunk, 1, entry))
                 os.pwrite(file.fd, data, position)
                 written = None
-                if file.noted_bytes + length <= NOTED_BYTES:
-                    file.noted_bytes += length
+                if file.noted_bytes + len(data) <= NOTED_BYTES:
+                    file.noted_bytes += len(data)
                     written = bytes(data)
                 file.changes.append((position, written))
-                file.unsynced_bytes += length
+                file.unsynced_bytes += len(data)
                 out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
                 low += length
                 self.writes += 1
@@ -130,16 +153,23 @@ class VolumeConnection(Connection):
                 break
             low += REQUEST.size
         self._low = low
+        if changed:
+            frame = b"".join(changed)
+            frame += zlib.crc32(frame).to_bytes(8, "little")
+            self._journal_bytes += os.pwrite(self._journal, frame, self._journal_bytes)
         if out:
             send(self._sock, out)
         self.busy_s += perf_counter() - began_s
         return known
 
 
-async def serve(path: str, size_bytes: int, image: str) -> None:
+async def serve(path: str, size_bytes: int, images: Sequence[str]) -> None:
     """Serve until killed."""
-    fd = os.open(image, os.O_RDWR)
-    flushes = Flushes(fd)
+    fds = [os.open(image, os.O_RDWR) for image in images]
+    journal = os.open(f"{images[0]}.journal", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.posix_fallocate(journal, 0, JOURNAL_BYTES)
+    os.unlink(f"{images[0]}.journal")
+    flushes = Flushes(fds[0])
     loop = asyncio.get_running_loop()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -159,7 +189,7 @@ async def serve(path: str, size_bytes: int, image: str) -> None:
         sock, _ = listener.accept()
         with contextlib.suppress(OSError):
             if negotiate(sock, size_bytes):
-                connection = VolumeConnection(sock, fd, size_bytes, flushes)
+                connection = VolumeConnection(sock, fds, journal, size_bytes, flushes)
                 loop.add_reader(sock.fileno(), partial(ready, connection, sock))
 
     loop.add_reader(listener.fileno(), accept)
@@ -168,4 +198,4 @@ async def serve(path: str, size_bytes: int, image: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    uvloop.run(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))

@@ -4,12 +4,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.jobs import Role
 from benchmarks.processes import COMMAND_DEADLINE_S
-from benchmarks.servers import Server, ServerUnavailable, Volume
+from benchmarks.servers import Fill, Server, ServerUnavailable, Volume
 
 SOURCE = Path(__file__).with_name("floor.c")
 
@@ -90,6 +90,18 @@ class VolumeFloor(PythonFloor):
     name = "volume floor"
     role = Role.VOLUME
     program = "benchmarks.volume_floor"
+
+    @contextmanager
+    def snapshotted(self, size_bytes: int, fill: Fill) -> Iterator[Volume]:
+        """What was filled is another process's, which is gone: this one copies from its file."""
+        paths = [self.directory / f"{self.unused_name()}.sock" for _ in range(2)]
+        with ExitStack() as held:
+            images = [str(held.enter_context(sparse_file(path.with_suffix(".image"), size_bytes))) for path in paths]
+            command = [sys.executable, "-m", self.program]
+            with self.serving([*command, str(paths[1]), str(size_bytes), images[1]], paths[1]) as volume:
+                fill(volume)
+            with self.serving([*command, str(paths[0]), str(size_bytes), *images], paths[0]) as volume:
+                yield volume
 
 
 class LocalFile(Volume):
