@@ -73,16 +73,16 @@ class SealedChecksums:
 
     def find(self, address: int) -> int | None:
         """Return the checksum of a chunk; None: it is not sealed, has none yet, or its row is damaged."""
-        row = self._rows.get(address >> GROUP_BITS)
+        group = address >> GROUP_BITS
+        row = self._rows.get(group)
         crc = _checksum_in(row, address) if row is not None else None
-        if crc is None and (row := self._look_up(address)) is not None:
-            crc = _checksum_in(row, address)
-        return crc
+        if crc is not None or self._missing.get(group) == self._store.commits:
+            return crc
+        row = self._look_up(group, address)
+        return _checksum_in(row, address) if row is not None else None
 
-    def _look_up(self, address: int) -> bytes | None:
-        group, key, commits = address >> GROUP_BITS, group_key(address), self._store.commits
-        if self._missing.get(group) == commits:
-            return None
+    def _look_up(self, group: int, address: int) -> bytes | None:
+        key, commits = group_key(address), self._store.commits
         with self._store.read() as reader:
             stored = reader.get(Table.CHECKSUMS, key)
         if stored is None:

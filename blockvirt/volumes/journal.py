@@ -36,6 +36,7 @@ FORMAT = 1
 FILE_SIZES_BYTES = (64 * KIB, 256 * KIB, JOURNAL_FILE_BYTES)
 """The usual size is the last; the others are for full disks."""
 _MARK_ROOM_BYTES = 64 * MARK_FRAME_BYTES  # kept free for marks: a flush must not wait for room that maps used up
+_NO_CHANGE_BYTES = _MARK_ROOM_BYTES + frame_bytes(0)
 
 
 def smallest_file_bytes(changes: int) -> int:
@@ -155,8 +156,8 @@ class Journal:
 
     def room(self) -> int:
         """Return how many map changes one more frame may hold."""
-        free = self._file_bytes - _MARK_ROOM_BYTES - self._at - frame_bytes(0)
-        return max(0, free // CHANGE.size)
+        free = self._file_bytes - _NO_CHANGE_BYTES - self._at
+        return free // CHANGE.size if free > 0 else 0
 
     def half_full(self) -> bool:
         """Tell whether it is time for a checkpoint."""

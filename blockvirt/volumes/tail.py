@@ -154,6 +154,8 @@ class Tail:
         self._resting: BackingFile | None = None
         """The one before it, that is being synced: used only where there is no room elsewhere."""
         self._ahead: asyncio.Task[None] | None = None
+        self._enough_chunks = (RESERVE_STEP_MAX_BYTES >> context.chunk_shift) // 2
+        """Where so much is left nobody looks ahead, however large the volume."""
         self.mapped_chunks = 0
         """Of the whole branch: what reservation steps grow with."""
 
@@ -162,7 +164,8 @@ class Tail:
         file = self._file
         if file is None:
             return 0
-        return min(file.reserved_chunks, self._context.file_chunks) - file.used_chunks
+        reserved, most = file.reserved_chunks, self._context.file_chunks
+        return (reserved if reserved < most else most) - file.used_chunks
 
     def take(self, count: int) -> tuple[BackingFile, int]:
         """Hand out ``count`` consecutive addresses: the file, and the first as a map entry without flags."""
@@ -194,7 +197,8 @@ class Tail:
                 return
 
     def _look_ahead(self, file: BackingFile) -> None:
-        if self._ahead is None and file.reserved_chunks - file.used_chunks < self._step_chunks() // 2:
+        left = file.reserved_chunks - file.used_chunks
+        if left < self._enough_chunks and self._ahead is None and left < self._step_chunks() // 2:
             self._ahead = self._tasks.start(self._reserve_ahead(), "reserve")
 
     def _step_chunks(self) -> int:

@@ -72,6 +72,8 @@ class Volume:
         self._pressure = context.pressure
         self._changes: list[tuple[int, int, int]] = []
         self._mask = self.chunk_bytes - 1
+        self._copy = memoryview(bytearray(self.chunk_bytes))
+        """What one chunk held that is copied, until it is written: one buffer stays in the processor's cache."""
         self._leaves = self.map.leaves
         self._open_files = self.files.open_files
 
@@ -145,18 +147,19 @@ class Volume:
             return False
         if within + length <= self.chunk_bytes:
             leaf = self._leaves.get(chunk >> SLOT_BITS)
-            if leaf is not None and leaf.birth == self.map.epoch:
-                entry = leaf.entries[chunk & SLOT_MASK]
-                if entry >= FRESH:
-                    leaf.touched = True
-                    file = self._open_files.get((entry >> 28) & FILE_MASK)
-                    if file is not None:
-                        file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-                        self._pressure.wrote(length)
-                        return True
-            entry = self.map.writable(chunk)
+            if leaf is None:
+                leaf = self.map.leaf(chunk >> SLOT_BITS)
+            leaf.touched = True
+            entry = leaf.entries[chunk & SLOT_MASK]
+            if leaf.birth != self.map.epoch:
+                entry &= ADDRESS_MASK
             if entry < FRESH:
                 return self._write_new_chunk(chunk, within, entry, data)
+            file = self._open_files.get((entry >> 28) & FILE_MASK)
+            if file is not None:
+                file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+                self._pressure.wrote(length)
+                return True
         else:
             leaf = self.map.leaf(chunk >> SLOT_BITS)
             entry = self._run(leaf, offset, length)
@@ -170,18 +173,18 @@ class Volume:
     def _write_new_chunk(self, chunk: int, within: int, old: int, data: memoryview) -> bool:
         """Write inside one chunk, to a new address; what ``data`` does not cover is copied from ``old``, if anything.
 
-        As ``_write_steps_now`` does it for any steps, with a third fewer calls.
+        As ``_write_steps_now`` does it for any steps, with half the calls.
         """
         if not self.has_journal_room(1) or not self.tail.room():
             return False
         content, length = data, len(data)
         end = within + length
         if old and (within or end not in (self.chunk_bytes, self.size_bytes - (chunk << self.chunk_shift))):
-            copy = self._old_content(old)
-            if copy is None:
+            content = self._copy
+            if not self._fill_old(old, content):
                 return False
-            copy[within:end] = data
-            content, within = memoryview(copy), 0
+            content[within:end] = data
+            within = 0
         file, address = self.tail.take(1)
         file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
         self.stats.copied_chunks += content is not data
@@ -209,11 +212,17 @@ class Volume:
     def _old_content(self, entry: int) -> bytearray | None:
         """Return what a chunk that is copied held, from the page cache; None where a thread must read it."""
         content = bytearray(self.chunk_bytes)
-        file, position = self.files.get(file_of(entry)), chunk_of(entry) << self.chunk_shift
-        if not file.read_cached(memoryview(content), position):
-            return None
-        check_content(content, self.checksum_of(entry), f"the chunk at {position} of {file.path}")
-        return content
+        return content if self._fill_old(entry, memoryview(content)) else None
+
+    def _fill_old(self, entry: int, content: memoryview) -> bool:
+        number, position = (entry >> 28) & FILE_MASK, (entry & CHUNK_MASK) << self.chunk_shift
+        file = self._open_files.get(number) or self.files.get(number)
+        if not file.read_cached(content, position):
+            return False
+        checksum = self.checksum_of(entry)
+        if checksum is not None:
+            check_content(content, checksum, f"the chunk at {position} of {file.path}")
+        return True
 
     # --- shared by the fast and the slow path --------------------------------------------------------------------
 
@@ -252,10 +261,11 @@ class Volume:
         Journalled by the next ``settle``. What the head alone had allocated is freed.
         """
         if entry:
-            file = self.files.get(file_of(entry))
+            number = (entry >> 28) & FILE_MASK
+            file = self._open_files.get(number) or self.files.get(number)
             file.live_change += count
             self.tail.mapped_chunks += count
-            self.context.storage.mapped(file.device_id, file.number, count)
+            self.context.storage.mapped(file.device_id, number, count)
         if entry and count > 1:
             for place, old in self.map.put_run(chunk, count, entry):
                 self._dropped(place, old)

@@ -61,10 +61,10 @@ COSTS = {
     "write 4 KiB, header and payload apart": Cost(64, 2701, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 798, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1080, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 2789, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 2215, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        4310,
+        3036,
         {
             "recv_into": 2,
             "preadv": 64,
@@ -76,14 +76,14 @@ COSTS = {
         },
     ),
     "write 1 MiB": Cost(8, 555, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 676, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB to new chunks": Cost(4, 652, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32, 2832, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
-        32, 4115, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 3973, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
-    "trim a chunk": Cost(32, 4924, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 4860, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 
