@@ -4,9 +4,10 @@
 
 It runs on uvloop; looks up each chunk in a map of leaves, and the file that the entry names; reads so that what is not
 in the page cache would not hold up the loop; remembers of each write what a flush may take into a journal; counts and
-takes the time. All of it lies in one function, without a call of Python in between. There is no budget and no room for
-other clients, and each chunk is mapped from the beginning, where it lies in the volume. With SNAPSHOT it lies in that
-file: what is written first in a chunk is copied to the end of FILE with it, and the map's changes go to a journal.
+takes the time. Nearly all of it lies in one function, without a call of Python in between. There is no budget and no
+room for other clients, and each chunk is mapped from the beginning, where it lies in the volume. With SNAPSHOT it lies
+in that file: what is written first in a chunk is copied to the end of FILE with it, and the map's changes go to a
+journal.
 """
 
 import asyncio
@@ -126,10 +127,8 @@ class VolumeConnection(Connection):
                     break
                 data = view[low + REQUEST.size : low + REQUEST.size + length]
                 if entry >= SNAPSHOT_ENTRY:
-                    copy, within = bytearray(CHUNK_BYTES), position & (CHUNK_BYTES - 1)
-                    os.preadv(file.fd, (copy,), position - within, os.RWF_NOWAIT)
-                    copy[within : within + length] = data
-                    data, file, entry = memoryview(copy), files[0], self._used_chunks
+                    data = self._copied(file, position, data)
+                    file, entry = files[0], self._used_chunks
                     position, self._used_chunks = entry << CHUNK_SHIFT, entry + 1
                     leaf.entries[chunk & LEAF_MASK] = entry
                     changed.append(CHANGE.pack(chunk, 1, entry))
@@ -154,13 +153,21 @@ class VolumeConnection(Connection):
             low += REQUEST.size
         self._low = low
         if changed:
-            frame = b"".join(changed)
-            frame += zlib.crc32(frame).to_bytes(8, "little")
-            self._journal_bytes += os.pwrite(self._journal, frame, self._journal_bytes)
+            self._append(b"".join(changed))
         if out:
             send(self._sock, out)
         self.busy_s += perf_counter() - began_s
         return known
+
+    def _copied(self, file: File, position: int, data: memoryview) -> memoryview:
+        content, within = bytearray(CHUNK_BYTES), position & (CHUNK_BYTES - 1)
+        os.preadv(file.fd, (content,), position - within, os.RWF_NOWAIT)
+        content[within : within + len(data)] = data
+        return memoryview(content)
+
+    def _append(self, changes: bytes) -> None:
+        frame = changes + zlib.crc32(changes).to_bytes(8, "little")
+        self._journal_bytes += os.pwrite(self._journal, frame, self._journal_bytes)
 
 
 async def serve(path: str, size_bytes: int, images: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class ReplySink(Protocol):
     """What a session does with the outcome of a slow request."""
 
     def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
-        """Send a reply; ``buffer`` is given back once it is sent. ``alone``: no other can come with it."""
+        """Send a reply; ``buffer`` is given back once it is sent. ``alone``: nothing else is in flight."""
 
     def slow_done(self) -> None:
         """A slow request has ended, whatever became of it: there is room for another."""
@@ -246,11 +246,10 @@ class SlowLane:
         try:
             if not self._abandoned:  # what had not started when the client vanished is not started any more
                 parts = await self._outcome(command, cookie, work)
+                sent_from = None
                 if command == c.CMD_READ:
                     sent_from, buffer = buffer, None
-                    self._sink.slow_reply(parts, sent_from, alone=self.count == requests)
-                else:
-                    self._sink.slow_reply(parts, None, alone=self.count == requests)
+                self._sink.slow_reply(parts, sent_from, alone=self.count == requests)
         except ShuttingDown:
             # ESHUTDOWN would be an I/O error in the guest; a closed connection makes the client come back and re-send
             self._sink.abandon("the volume is shutting down")

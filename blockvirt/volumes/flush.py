@@ -80,10 +80,13 @@ class Flusher:
         except StopIteration:
             self._volume.stats.flushes += 1
             self._volume.stats.flush_s += time.perf_counter() - began_s
-            self._end(waiting, None)
+            self._end(waiting, self._volume.failure)
             return
-        except Exception as error:
+        except BlockvirtError as error:
             self._end(waiting, error)
+            return
+        except Exception as error:  # what was noted is not synced, and no later round would look for it
+            self._end(waiting, self._volume.stop("of a fault in blockvirt itself", error))
             return
         sync_began_s = time.perf_counter()
 
@@ -140,6 +143,8 @@ class SyncLock(asyncio.Lock):
 
     def take(self) -> bool:
         """Take it if nobody has it or waits for it; whoever gets True calls ``release``."""
+        if self.locked():
+            return False
         acquiring = self.acquire()
         try:
             acquiring.send(None)
@@ -196,13 +201,30 @@ async def sync_data(volume: Volume, *, also_grown: bool = False) -> None:
 
 
 async def sync_guarded(volume: Volume, what: str, sync: Callable[[], None]) -> None:
-    """Run a blocking sync in a thread; whatever keeps it from succeeding stops the volume (I7)."""
-    began_s, failure = time.perf_counter(), None
+    """Run a blocking sync in a thread; whatever keeps it from succeeding stops the volume (I7).
+
+    Who is cancelled waits for its end: until then the descriptors are in use.
+    """
+    began_s = time.perf_counter()
+    error: BaseException | None = None
+    failure: BlockvirtError | None = None
+
+    def work() -> None:
+        nonlocal error
+        try:
+            sync()
+        except Exception as raised:
+            error = raised
+
+    def at_end() -> None:
+        nonlocal failure
+        failure = sync_ended(volume, what, began_s, error)
+
     try:
-        await volume.context.threads.run(sync)
-    except Exception as error:
-        failure = error
-    failure = sync_ended(volume, what, began_s, failure)
+        await volume.context.threads.run_to_end(work, at_end)
+    except Exception as raised:  # no thread could be had
+        error = raised
+        at_end()
     if failure is not None:
         raise failure
 

@@ -50,13 +50,24 @@ class IoThreads:
         return future
 
     def call(self, work: Callable[[], Any], then: Then) -> None:
-        """Run ``work`` in a thread, then ``then`` on the loop, in the pass in which that hears of it."""
+        """Run ``work`` in a thread, then ``then`` on the loop, in the pass in which that hears of it.
+
+        Raises RuntimeError where the system has no thread for it, and none was started before.
+        """
         self._loop = asyncio.get_running_loop()
         self._outstanding += 1
         if len(self._threads) < min(self._outstanding, self._most):
-            self._threads.append(_Thread(self._serve, f"blockvirt-io-{len(self._threads)}"))
+            self._start_one()
         self._work.append((work, then))
         self._wake_one()
+
+    def _start_one(self) -> None:
+        try:
+            self._threads.append(_Thread(self._serve, f"blockvirt-io-{len(self._threads)}"))
+        except RuntimeError:
+            if not self._threads:  # else those that there are do it, in their time
+                self._outstanding -= 1
+                raise
 
     def _wake_one(self) -> None:
         try:

@@ -56,10 +56,10 @@ class OpenVolume:
         if volume.age_timer is not None:
             volume.age_timer.cancel()
         await self._quiet()
-        await volume.tasks.wait()
-        async with self.flusher.syncing:
-            pass  # no task: a flush that is under way
-        await volume.tasks.wait()
+        while volume.tasks or self.flusher.syncing.locked():
+            await volume.tasks.wait()
+            async with self.flusher.syncing:
+                pass  # a flush that is under way is no task
         if isinstance(volume.failure, VolumeStopped):
             await volume.note_stop()
         await volume.files.close(give_back=volume.failure is None)

@@ -146,3 +146,24 @@ async def test_who_is_called_is_told_of_the_end_and_his_mistake_is_his_own() -> 
     assert told == [("done", None), (None, failure)]
     assert [type(mistake["exception"]) for mistake in mistakes] == [ZeroDivisionError] * 2
     threads.close()
+
+
+async def test_where_no_more_threads_can_be_had_those_that_there_are_do_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = IoThreads(3)
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            threads.submit(lambda: 0)
+        assert not threads._outstanding
+    assert await threads.run(lambda: 1) == 1
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    futures = [threads.submit(lambda number=number: number) for number in range(50)]  # type: ignore[misc]
+    async with asyncio.timeout(PATIENCE_S):
+        assert [await future for future in futures] == list(range(50))
+    threads.close()
