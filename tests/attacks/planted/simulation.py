@@ -318,7 +318,7 @@ BUGS: tuple[Bug, ...] = (
         "recovery writes older data of the journal over what was synced at home since",
         ("I3",),
         replacing(recovery, "_embedded", never_void),
-        3_000,
+        8_000,
     ),
     _bug(
         "sim-data-after-sigkill",
