@@ -36,7 +36,7 @@ FORMAT = 1
 FILE_SIZES_BYTES = (64 * KIB, 256 * KIB, JOURNAL_FILE_BYTES)
 """The usual size is the last; the others are for full disks."""
 _MARK_ROOM_BYTES = 64 * MARK_FRAME_BYTES  # kept free for marks: a flush must not wait for room that maps used up
-_NO_CHANGE_BYTES = _MARK_ROOM_BYTES + frame_bytes(0)
+_NO_CHANGE_BYTES = _MARK_ROOM_BYTES + frame_bytes(0)  # of what is free, not for changes
 
 
 def smallest_file_bytes(changes: int) -> int:

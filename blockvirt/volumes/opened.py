@@ -56,10 +56,7 @@ class OpenVolume:
         if volume.age_timer is not None:
             volume.age_timer.cancel()
         await self._quiet()
-        while volume.tasks or self.flusher.syncing.locked():
-            await volume.tasks.wait()
-            async with self.flusher.syncing:
-                pass  # a flush that is under way is no task
+        await self._background_ended()
         if isinstance(volume.failure, VolumeStopped):
             await volume.note_stop()
         await volume.files.close(give_back=volume.failure is None)
@@ -71,6 +68,13 @@ class OpenVolume:
                 log.error("volume %s: its journal is not removed: %s", volume.record.name, error)
         volume.map.close()
         volume.context.inflights.discard(volume.inflight)
+
+    async def _background_ended(self) -> None:
+        """Return when no task is left and no flush is under way, which is none."""
+        while self.volume.tasks or self.flusher.syncing.locked():
+            await self.volume.tasks.wait()
+            async with self.flusher.syncing:
+                pass
 
     async def _quiet(self) -> None:
         """Return when no operation is under way: sessions that were dropped may have left some."""

@@ -151,7 +151,7 @@ class Volume:
                 leaf = self.map.leaf(chunk >> SLOT_BITS)
             leaf.touched = True
             entry = leaf.entries[chunk & SLOT_MASK]
-            if leaf.birth != self.map.epoch:
+            if leaf.birth != self.map.epoch:  # LeafMap.writable
                 entry &= ADDRESS_MASK
             if entry < FRESH:
                 return self._write_new_chunk(chunk, within, entry, data)

@@ -127,10 +127,7 @@ async def abandon(pool: Pool, *, power_cut: bool) -> None:
         opened._watch.cancel()
         if volume.age_timer is not None:
             volume.age_timer.cancel()
-        while volume.tasks or opened.flusher.syncing.locked():
-            await volume.tasks.wait()
-            async with opened.flusher.syncing:
-                pass
+        await opened._background_ended()
         for file in volume.files.open_files.values():
             file.close()
         volume.files.open_files.clear()

@@ -38,6 +38,19 @@ class Gate:
         """Return when a sync waits here."""
         assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
 
+    async def flush_of(self, handle: Handle) -> "asyncio.Future[None]":
+        """Return the flush of a write to the first chunk, when its sync waits here."""
+        await write(handle, 0, FIRST)
+        flush = handle.flush()
+        await self.reached()
+        return flush
+
+
+async def many_turns() -> None:
+    """Let threads and the loop go on for much longer than closing a volume takes when there is nothing to wait for."""
+    for _ in range(50):
+        await asyncio.to_thread(int)
+
 
 @pytest.fixture
 async def in_place(pool: Pool) -> AsyncIterator[Handle]:
@@ -81,9 +94,7 @@ async def test_one_who_asks_alone_needs_no_task(in_place: Handle, monkeypatch: p
 async def test_what_is_written_while_it_runs_takes_another(in_place: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         gate = Gate(patched)
-        await write(in_place, 0, FIRST)
-        first = in_place.flush()
-        await gate.reached()
+        first = await gate.flush_of(in_place)
         await write(in_place, 0, SECOND)
         second = in_place.flush()
         gate.let_go.release()
@@ -161,16 +172,11 @@ async def test_a_sync_that_no_thread_takes_stops_the_volume(
 async def test_who_gives_up_leaves_the_round_to_its_end(in_place: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         gate = Gate(patched)
-        await write(in_place, 0, FIRST)
-        flush = in_place.flush()
-        await gate.reached()
+        flush = await gate.flush_of(in_place)
         flush.cancel()
         closing = asyncio.create_task(in_place._opened.abandon(keep_journal=True))
         files = list(in_place._opened.volume.files.open_files.values())
-        for _ in range(
-            50
-        ):  # many more turns of threads and of the loop than it takes when there is nothing to wait for
-            await asyncio.to_thread(int)
+        await many_turns()
         assert all(file.fd >= 0 for file in files)
         gate.let_go.release()
         await closing

@@ -11,7 +11,7 @@ from blockvirt.volumes.flush import sync_data
 from blockvirt.volumes.journal import Journal
 from tests.volumes.conftest import Pool, until, write
 from tests.volumes.test_flush import CHUNK, FIRST, SECOND, Syncs, opened
-from tests.volumes.test_flush_at_once import Gate
+from tests.volumes.test_flush_at_once import Gate, many_turns
 
 
 async def test_who_gives_up_takes_nothing_from_others(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +72,7 @@ async def test_a_volume_that_stops_while_the_last_sync_runs_acknowledges_nothing
     await handle._opened.checkpointer.run()
     with monkeypatch.context() as patched:
         gate = Gate(patched)
-        await write(handle, 0, FIRST)
-        flush = handle.flush()
-        await gate.reached()
+        flush = await gate.flush_of(handle)
         volume.stop("its metadata cannot be written", OSError(errno.EIO, "gone"))
         gate.let_go.release()
         with pytest.raises(VolumeStopped):
@@ -90,9 +88,7 @@ async def test_files_are_closed_behind_the_flush_that_came_while_another_was_wai
     await handle._opened.checkpointer.run()
     with monkeypatch.context() as patched:
         gate = Gate(patched)
-        await write(handle, 0, FIRST)
-        first = handle.flush()
-        await gate.reached()
+        first = await gate.flush_of(handle)
         closing = asyncio.create_task(handle._opened.abandon(keep_journal=True))
         await until(lambda: len(flusher.syncing._waiters or ()) == 1)
         await write(handle, 0, SECOND)
@@ -102,8 +98,7 @@ async def test_files_are_closed_behind_the_flush_that_came_while_another_was_wai
         await first
         await gate.reached()
         files = list(volume.files.open_files.values())
-        for _ in range(50):
-            await asyncio.to_thread(int)
+        await many_turns()
         assert all(file.fd >= 0 for file in files)
         gate.let_go.release()
         await second
@@ -124,8 +119,7 @@ async def test_a_guarded_sync_whose_caller_is_cancelled_is_waited_for_and_heard(
         syncing = asyncio.create_task(sync_data(volume, also_grown=True))
         await gate.reached()
         syncing.cancel()
-        for _ in range(50):
-            await asyncio.to_thread(int)
+        await many_turns()
         assert not syncing.done(), "a thread is at work on its descriptors"
         gate.let_go.release()
         with pytest.raises(asyncio.CancelledError):
