@@ -32,7 +32,7 @@ class SlowPath:
         self._volume = volume
         self._flusher = flusher
         self._checkpointer = checkpointer
-        self._opening_journal = asyncio.Lock()
+        self._opening_journal: asyncio.Task[None] | None = None
 
     # --- read ----------------------------------------------------------------------------------------------------
 
@@ -85,12 +85,16 @@ class SlowPath:
             if not volume.has_room(steps):
                 await self._make_room(steps)
                 continue
-            in_thread = volume.context.pressure.high or any(step.action is Action.COPY for step in steps)
+            # What waited for room may well be in the page cache: 32 threads' round trips take 5 ms.
+            copies = None if volume.context.pressure.high else volume.old_contents(steps)
+            in_thread = copies is None
             in_place = in_thread and any(step.action is Action.OVERWRITE for step in steps)
             if not in_place or volume.in_place.open:
                 break
             await volume.in_place.opened()
-        transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data, checksum_of=volume.checksum_of)
+        transfers = assign(
+            volume.files, volume.tail, volume.chunk_shift, steps, data, copies, checksum_of=volume.checksum_of
+        )
 
         def run_all() -> None:
             for transfer in transfers:
@@ -173,25 +177,32 @@ class SlowPath:
         volume = self._volume
         volume.check()
         if volume.journal is None:
-            async with self._opening_journal:
-                if volume.journal is None:
-                    await open_journal(volume)
+            if self._opening_journal is None:
+                self._opening_journal = volume.tasks.start(self._open_journal(), "journal", awaited=True)
+            await asyncio.shield(self._opening_journal)
         elif not volume.has_journal_room(changes):
             await self._checkpointer.run()
+
+    async def _open_journal(self) -> None:
+        try:
+            await open_journal(self._volume)
+        finally:
+            self._opening_journal = None
 
     async def _admit_device(self, device_id: str) -> None:
         """Have the journal know a device before anything of the volume lies there; raises VolumeStopped."""
         volume = self._volume
         identity = volume.context.storage.identity_of(device_id)
-        async with self._opening_journal:  # one that is being made may not know the device yet, a later one will
-            journal = volume.journal
-            if journal is None or journal.header.identities.get(device_id) == identity:
-                return
-            async with self._flusher.syncing:  # of two syncs of a file only one is told of a failed write-back
-                volume.check()
-                await sync_guarded(
-                    volume, "its journal cannot be synced", partial(journal.admit_device, device_id, identity)
-                )
+        while self._opening_journal is not None:  # it may not know the device yet; one that is made later will
+            await asyncio.wait([self._opening_journal])
+        journal = volume.journal
+        if journal is None or journal.header.identities.get(device_id) == identity:
+            return
+        async with self._flusher.syncing:  # of two syncs of a file only one is told of a failed write-back
+            volume.check()
+            await sync_guarded(
+                volume, "its journal cannot be synced", partial(journal.admit_device, device_id, identity)
+            )
 
     # --- zero and trim -------------------------------------------------------------------------------------------
 

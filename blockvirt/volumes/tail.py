@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from blockvirt.errors import DeviceFault, PoolFull
+from blockvirt.errors import BlockvirtError, DeviceFault, PoolFull
 from blockvirt.limits import RESERVE_STEP_MAX_BYTES, RESERVE_STEP_MIN_BYTES
 from blockvirt.lun.address import CHUNK_MASK, address
 from blockvirt.meta.keys import POOL_KEY, Table, number_key, pair_key
@@ -149,11 +149,13 @@ class Tail:
         self._files = files
         self._volume = volume
         self._tasks = tasks
-        self._making_room = asyncio.Lock()
+        self._extending: asyncio.Task[None] | None = None
+        """Makes room, for all who wait for some: they go on together when it ends."""
+        self._extending_for = 0
+        """Chunks that it was asked for; 0 where nobody has asked."""
         self._file: BackingFile | None = None
         self._resting: BackingFile | None = None
         """The one before it, that is being synced: used only where there is no room elsewhere."""
-        self._ahead: asyncio.Task[None] | None = None
         self._enough_chunks = (RESERVE_STEP_MAX_BYTES >> context.chunk_shift) // 2
         """Where so much is left nobody looks ahead, however large the volume."""
         self.mapped_chunks = 0
@@ -198,8 +200,8 @@ class Tail:
 
     def _look_ahead(self, file: BackingFile) -> None:
         left = file.reserved_chunks - file.used_chunks
-        if left < self._enough_chunks and self._ahead is None and left < self._step_chunks() // 2:
-            self._ahead = self._tasks.start(self._reserve_ahead(), "reserve")
+        if left < self._enough_chunks and self._extending is None and left < self._step_chunks() // 2:
+            self._extending, self._extending_for = self._tasks.start(self._reserve_ahead(), "reserve"), 0
 
     def _step_chunks(self) -> int:
         mapped_bytes = self.mapped_chunks << self._context.chunk_shift
@@ -208,18 +210,29 @@ class Tail:
 
     async def _reserve_ahead(self) -> None:
         try:
-            async with self._making_room:
-                if self._file is not None and self.room() < self._step_chunks():
-                    await self._extend(self._file, self._step_chunks())
+            if self._file is not None and self.room() < self._step_chunks():
+                await self._extend(self._file, self._step_chunks())
         except (PoolFull, OSError):
             pass  # who really needs the space asks again and is told
         finally:
-            self._ahead = None
+            self._extending = None
 
     async def make_room(self, count: int, admit_device: AdmitDevice) -> None:
-        """Return when ``take(count)`` will succeed; raises PoolFull or DeviceFault."""
+        """Return when ``take(count)`` will succeed; raises PoolFull, DeviceFault or OSError."""
         assert 0 < count <= self._context.file_chunks
-        async with self._making_room:
+        while self.room() < count:
+            if self._extending is None:
+                work = self._make_room(count, admit_device)
+                self._extending, self._extending_for = self._tasks.start(work, "room", awaited=True), count
+            extending, asked = self._extending, self._extending_for
+            try:
+                await asyncio.shield(extending)
+            except (BlockvirtError, OSError):
+                if count >= asked:  # for less there may be room
+                    raise
+
+    async def _make_room(self, count: int, admit_device: AdmitDevice) -> None:
+        try:
             while self.room() < count:
                 try:
                     await self._go_on(count, admit_device)
@@ -229,6 +242,8 @@ class Tail:
                         raise
                     if self._fits(file, count) and file.reserved_chunks - file.used_chunks >= count:
                         self._file = file
+        finally:
+            self._extending = None
 
     async def _go_on(self, count: int, admit_device: AdmitDevice) -> None:
         home = self._resting.device_id if self._resting is not None else None

@@ -194,10 +194,7 @@ class Volume:
 
     def _write_steps_now(self, offset: int, data: memoryview) -> bool:
         steps = self.plan(offset, len(data))
-        if not self.has_room(steps):
-            return False
-        copies = [self._old_content(step.entry) for step in steps if step.action is Action.COPY]
-        if None in copies:
+        if not self.has_room(steps) or (copies := self.old_contents(steps)) is None:
             return False
         try:
             for transfer in assign(self.files, self.tail, self.chunk_shift, steps, data, copies):
@@ -209,10 +206,11 @@ class Volume:
         self._pressure.wrote(len(data))
         return True
 
-    def _old_content(self, entry: int) -> bytearray | None:
-        """Return what a chunk that is copied held, from the page cache; None where a thread must read it."""
-        content = bytearray(self.chunk_bytes)
-        return content if self._fill_old(entry, memoryview(content)) else None
+    def old_contents(self, steps: list[WriteStep]) -> list[bytearray] | None:
+        """Return what the chunks held that ``steps`` copy, from the page cache; None where a thread must read some."""
+        copied = [step.entry for step in steps if step.action is Action.COPY]
+        contents = [bytearray(self.chunk_bytes) for _ in copied]
+        return contents if all(map(self._fill_old, copied, map(memoryview, contents))) else None
 
     def _fill_old(self, entry: int, content: memoryview) -> bool:
         number, position = (entry >> 28) & FILE_MASK, (entry & CHUNK_MASK) << self.chunk_shift

@@ -67,7 +67,7 @@ async def test_a_damaged_chunk_is_not_copied(pool: SnapshotPool, cold: bool, mon
     await sealed(pool)
     flip(volume, 3)
     if cold:
-        monkeypatch.setattr(volume, "_old_content", lambda step: None)
+        monkeypatch.setattr(volume, "_fill_old", lambda entry, content: False)
     with pytest.raises(DataDamaged, match="CRC-32C"):
         await write(handle, 3 * CHUNK + 1, b"b")
     await write(handle, 4 * CHUNK + 1, b"b")

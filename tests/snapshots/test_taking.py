@@ -95,7 +95,7 @@ async def test_a_copy_in_a_thread_across_the_freeze_belongs_to_the_new_epoch(
     await write(handle, 0, b"a" * SIZE)
     await pool.snapshots.create({"v": "s"})
     volume = handle._opened.volume
-    monkeypatch.setattr(volume, "_old_content", lambda step: None)  # cold: the copy goes through a thread
+    monkeypatch.setattr(volume, "_fill_old", lambda entry, content: False)  # cold: the copy goes through a thread
     slow = SlowWrites(monkeypatch)
     copying = asyncio.create_task(handle.write(0, memoryview(b"h" * 100)))
     await until(lambda: slow.held == 1)

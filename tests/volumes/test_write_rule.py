@@ -52,7 +52,7 @@ async def test_older_epochs_keep_their_bytes(
     handle = await pool.open(await pool.volume(SIZE))
     volume = handle._opened.volume
     if cold:  # every copy goes through a thread
-        monkeypatch.setattr(volume, "_old_content", lambda step: None)
+        monkeypatch.setattr(volume, "_fill_old", lambda entry, content: False)
     model = bytearray(SIZE)
     frozen: dict[int, bytes] = {}
     for _epoch in range(5):

@@ -79,16 +79,15 @@ def _forget_tails(patch: pytest.MonkeyPatch) -> None:
         run(self)
 
     def forgetful_write(self: Volume, chunk: int, within: int, old: int, data: memoryview) -> bool:
-        old_content = self._old_content
+        fill_old = self._fill_old
 
-        def cut(entry: int) -> bytearray | None:
-            content = old_content(entry)
-            if content is not None:
-                content[within + len(data) :] = bytes(self.chunk_bytes - within - len(data))
-            return content
+        def cut(entry: int, content: memoryview) -> bool:
+            filled = fill_old(entry, content)
+            content[within + len(data) :] = bytes(self.chunk_bytes - within - len(data))
+            return filled
 
         with pytest.MonkeyPatch.context() as cutting:
-            cutting.setattr(self, "_old_content", cut)
+            cutting.setattr(self, "_fill_old", cut)
             return write(self, chunk, within, old, data)
 
     patch.setattr(Transfer, "run", forgetful_run)

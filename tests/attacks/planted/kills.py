@@ -61,8 +61,8 @@ def _journal_first(self: Any, offset: int, data: memoryview) -> bool:
     steps = self.plan(offset, len(data))
     if not self.has_room(steps):
         return False
-    copies = [self._old_content(step.entry) for step in steps if step.action.name == "COPY"]
-    if None in copies:
+    copies = self.old_contents(steps)
+    if copies is None:
         return False
     transfers = assign(self.files, self.tail, self.chunk_shift, steps, data, copies)
     for transfer in transfers:
