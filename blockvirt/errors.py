@@ -120,6 +120,17 @@ class VolumeStopped(BlockvirtError):
 
     code, nbd_errno, http_status = "volume-stopped", errno.EIO, 503
 
+    @classmethod
+    def because(cls, volume: str, reason: str) -> "VolumeStopped":
+        """Return the error of a volume that acknowledges nothing until an administrator reopens it."""
+        return cls(
+            f"volume {volume} has stopped",
+            cause=reason,
+            correction="mend the disk, or after a revert power off the guests that had it open; then run "
+            f"'blockvirt volume reopen {volume}': after a failure it comes back as after a power cut, with everything "
+            "that was flushed",
+        )
+
 
 class DeviceFault(BlockvirtError):
     """A device is missing, foreign, doubly mounted, read-only, of a newer format, or fails."""

@@ -40,6 +40,7 @@ SEAL_RETRY_S = 60.0  # what met a broken disk is tried again
 FLATTEN_PIN_BYTES = 256 * MIB  # that a flatten copies before it lets a revert or a deletion of its volume in
 CHANGED_LEAF_LISTS = 4  # lists of the leaves that differ between two snapshots, for the next page: 1 MiB for 1 TiB
 COPY_BATCH_BYTES = 1 * MIB  # chunks that a flatten copies in one go of a thread: a few ms of the disk
+TURN_COPY_BYTES = 512 * KIB  # chunks that one turn of the event loop copies on write before it writes them
 RECLAIM_BATCH_ROWS = 2_000  # rows that one step of a branch's removal takes: bounds a transaction to a few MiB
 RECLAIM_BATCH_LEAVES = 64  # leaves that one step of a reclaim judges: a few ms of the one writer that all commits share
 RECLAIM_BATCH_VERSIONS = 128  # dead versions that it, or a checkpoint, removes: 10 ms; one leaf may have thousands

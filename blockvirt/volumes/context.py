@@ -10,6 +10,7 @@ from blockvirt.meta.keys import Table, number_key, split_pair
 from blockvirt.meta.records import FileRecord, VolumeRecord
 from blockvirt.meta.store import Store
 from blockvirt.volumes.checksums import SealedChecksums
+from blockvirt.volumes.copies import CopyBuffer
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.leaf_map import LeafCache
 from blockvirt.volumes.pressure import WritePressure
@@ -69,6 +70,7 @@ class VolumeContext:
     """Chunks after which a backing file is rotated."""
     checkpoint_age_s: float
     checksums: SealedChecksums
+    copy_buffer: CopyBuffer
     inflights: set[Inflight] = field(default_factory=set)
     """The operations in threads of everything that is open: volumes, and snapshots that are read."""
 

@@ -37,6 +37,7 @@ from blockvirt.pool.lock import lock_pool
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checksums import SealedChecksums
 from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.copies import CopyBuffer
 from blockvirt.volumes.deletion import Purger
 from blockvirt.volumes.io_threads import IoThreads
 from blockvirt.volumes.jobs import JobBoard
@@ -178,6 +179,7 @@ def volume_context(
         file_chunks=min(settings.backing_file_bytes // pool.chunk_bytes, CHUNK_MASK),
         checkpoint_age_s=settings.checkpoint_age_s,
         checksums=SealedChecksums(store),
+        copy_buffer=CopyBuffer(pool.chunk_bytes),
     )
 
 

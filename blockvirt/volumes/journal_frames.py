@@ -35,6 +35,18 @@ _NUMBER_AT = HEADER.size - _NUMBER.size
 MARK_FRAME_BYTES = HEADER.size + _MARK.size
 
 
+def add_change(changes: list[tuple[int, int, int]], chunk: int, count: int, entry: int) -> None:
+    """Add a change (chunk, count, entry) of a MAP body; what continues the last one becomes part of it."""
+    if changes:
+        last_chunk, last_count, last_entry = changes[-1]
+        if chunk == last_chunk + last_count and (
+            entry == last_entry + last_count if entry and last_entry else entry == last_entry
+        ):
+            changes[-1] = (last_chunk, last_count + count, last_entry)
+            return
+    changes.append((chunk, count, entry))
+
+
 class Kind(IntEnum):
     """What a frame holds."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault
+from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, VolumeStopped
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord, VolumeRecord, punch_count
 from blockvirt.meta.store import Store, Writer
@@ -14,7 +14,6 @@ from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
 from blockvirt.volumes.recovery import go_back_to_disk, recover, sync_overwrites
 from blockvirt.volumes.versions import branch_record
-from blockvirt.volumes.volume import stopped_error
 
 log = logging.getLogger("blockvirt.recovery")
 
@@ -42,7 +41,7 @@ class Leftovers:
         found = await self._find(branch)
         reason = branch.stopped or (found.stop_reason if found is not None else "")
         if reason and not reopen:
-            raise stopped_error(record.name, reason)
+            raise VolumeStopped.because(record.name, reason)
         if found is not None:
             await self._recover(record, branch, found)
         elif reason:

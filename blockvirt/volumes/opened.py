@@ -9,7 +9,7 @@ from blockvirt.volumes.checkpoint import Checkpointer
 from blockvirt.volumes.context import VolumeContext
 from blockvirt.volumes.flush import Flusher, sync_data
 from blockvirt.volumes.slow_path import SlowPath
-from blockvirt.volumes.volume import Volume, stopped_error
+from blockvirt.volumes.volume import Volume
 
 log = logging.getLogger("blockvirt.volumes")
 
@@ -100,4 +100,4 @@ def check_stopped(record: VolumeRecord, branch: BranchRecord, *, reverted: bool 
     After a revert under its guests nobody has written to it: there is nothing to recover.
     """
     if branch.stopped and not (reverted and branch.awaits_guests):
-        raise stopped_error(record.name, branch.stopped)
+        raise VolumeStopped.because(record.name, branch.stopped)

@@ -25,8 +25,9 @@ from blockvirt.pool.backing import READ_CACHED, would_block
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checksums import check_content
 from blockvirt.volumes.context import VolumeContext
+from blockvirt.volumes.copies import Copies
 from blockvirt.volumes.journal import Journal
-from blockvirt.volumes.journal_frames import CHANGE
+from blockvirt.volumes.journal_frames import CHANGE, add_change
 from blockvirt.volumes.leaf_map import LeafMap
 from blockvirt.volumes.ranges import Inflight, InPlace, RangeLock
 from blockvirt.volumes.reads import ZEROS, Piece, pieces
@@ -71,9 +72,8 @@ class Volume:
         self.age_timer: asyncio.TimerHandle | None = None
         self._pressure = context.pressure
         self._changes: list[tuple[int, int, int]] = []
+        self._copies = Copies(context.copy_buffer)
         self._mask = self.chunk_bytes - 1
-        self._copy = memoryview(bytearray(self.chunk_bytes))
-        """What one chunk held that is copied, until it is written: one buffer stays in the processor's cache."""
         self._leaves = self.map.leaves
         self._open_files = self.files.open_files
 
@@ -81,6 +81,8 @@ class Volume:
 
     def read_now(self, offset: int, into: memoryview) -> bool:
         """Fill ``into`` from the page cache; False where a thread must read. Raises VolumeStopped, OSError."""
+        if self._copies.held:
+            self._write_copies()
         length = len(into)
         chunk = offset >> self.chunk_shift
         within = offset & self._mask
@@ -175,24 +177,47 @@ class Volume:
 
         As ``_write_steps_now`` does it for any steps, with half the calls.
         """
-        if not self.has_journal_room(1) or not self.tail.room():
+        copies, length = self._copies, len(data)
+        held = copies.held
+        end, waiting = within + length, len(held)
+        if chunk in held:
+            held[chunk][within:end] = data
+        elif not self.has_journal_room(waiting + 1) or self.tail.room() <= waiting:
             return False
-        content, length = data, len(data)
-        end = within + length
-        if old and (within or end not in (self.chunk_bytes, self.size_bytes - (chunk << self.chunk_shift))):
-            content = self._copy
+        elif old and (within or end not in (self.chunk_bytes, self.size_bytes - (chunk << self.chunk_shift))):
+            content = copies.slots[waiting] if waiting else copies.first_slot()
             if not self._fill_old(old, content):
                 return False
             content[within:end] = data
-            within = 0
-        file, address = self.tail.take(1)
-        file.write(content, ((address & CHUNK_MASK) << self.chunk_shift) + within)
-        self.stats.copied_chunks += content is not data
-        self.stage(chunk, 1, address | FRESH)
+            held[chunk] = content
+            if waiting + 1 == len(copies.slots):
+                self._write_copies()
+        else:
+            file, address = self.tail.take(1)
+            file.write(data, ((address & CHUNK_MASK) << self.chunk_shift) + within)
+            self.stage(chunk, 1, address | FRESH)
         self._pressure.wrote(length)
         return True
 
+    def _write_copies(self) -> None:
+        """Write the chunks that wait to be copied, and stage them. What keeps them from it, ``settle`` raises."""
+        chunks = self._copies.held
+        try:
+            file, first = self.tail.take(len(chunks))
+            try:
+                self._copies.write(file, (first & CHUNK_MASK) << self.chunk_shift)
+            except OSError:
+                self.give_up(range(first, first + len(chunks)))
+                raise
+            for entry, chunk in enumerate(chunks, first | FRESH):
+                self.stage(chunk, 1, entry)
+            self.stats.copied_chunks += len(chunks)
+        except Exception as error:
+            self._copies.failure = error
+
     def _write_steps_now(self, offset: int, data: memoryview) -> bool:
+        if self._copies.held:
+            self._write_copies()
         steps = self.plan(offset, len(data))
         if not self.has_room(steps) or (copies := self.old_contents(steps)) is None:
             return False
@@ -201,7 +226,8 @@ class Volume:
                 transfer.run()
                 self.stage_transfer(transfer)
         except BaseException:
-            self.settle()  # the steps that went well are in the map, and no caller settles after an error
+            if self._changes:
+                self._journal_changes()  # the steps that went well are in the map, and no caller settles after an error
             raise
         self._pressure.wrote(len(data))
         return True
@@ -272,15 +298,7 @@ class Volume:
                 old = self.map.put(place, entry)
                 if old:
                     self._dropped(place, old)
-        changes = self._changes
-        if changes:
-            last_chunk, last_count, last_entry = changes[-1]
-            if chunk == last_chunk + last_count and (
-                entry == last_entry + last_count if entry and last_entry else entry == last_entry
-            ):
-                changes[-1] = (last_chunk, last_count + count, last_entry)
-                return
-        changes.append((chunk, count, entry))
+        add_change(self._changes, chunk, count, entry)
 
     def give_up(self, addresses: Sequence[int]) -> None:
         """Have addresses that were handed out, and that no entry names after all, freed by the next checkpoint."""
@@ -299,11 +317,20 @@ class Volume:
             self.inherited_chunks -= 1
 
     def settle(self) -> None:
-        """Journal everything staged since the last call, in one append. Raises VolumeStopped."""
-        if not self._changes:
-            if self.failure is not None:
-                raise self.failure
-            return
+        """Journal everything staged since the last call, in one append. Raises VolumeStopped, OSError.
+
+        After OSError it is unknown which of the writes since the last call are there: none may be acknowledged.
+        """
+        copies = self._copies
+        if copies.held:
+            self._write_copies()
+        failure, copies.failure = copies.failure, None
+        if self._changes or self.failure is not None:
+            self._journal_changes()
+        if failure is not None:
+            raise failure
+
+    def _journal_changes(self) -> None:
         if self.failure is not None:
             self._changes.clear()
             raise self.failure
@@ -324,7 +351,7 @@ class Volume:
 
     def unsettled(self) -> bool:
         """Tell whether something is staged and not journalled: never true while the loop runs anything else."""
-        return bool(self._changes)
+        return bool(self._changes or self._copies.held)
 
     # --- failure -------------------------------------------------------------------------------------------------
 
@@ -340,7 +367,7 @@ class Volume:
         """
         if self.failure is None:
             reason = f"{what}: {error}"
-            self.failure = stopped_error(self.record.name, reason)
+            self.failure = VolumeStopped.because(self.record.name, reason)
             log.error("volume %s stopped: %s", self.record.name, reason)
             if self.journal is not None:
                 try:
@@ -370,14 +397,3 @@ class Volume:
     def _task_failed(self, error: BaseException) -> None:
         if not isinstance(error, BlockvirtError):
             self.stop("of a fault in blockvirt itself", error)
-
-
-def stopped_error(name: str, reason: str) -> VolumeStopped:
-    """Return the error of a volume that acknowledges nothing until an administrator reopens it."""
-    return VolumeStopped(
-        f"volume {name} has stopped",
-        cause=reason,
-        correction="mend the disk, or after a revert power off the guests that had it open; then run "
-        f"'blockvirt volume reopen {name}': after a failure it comes back as after a power cut, with everything that "
-        "was flushed",
-    )

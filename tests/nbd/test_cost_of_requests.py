@@ -61,29 +61,29 @@ COSTS = {
     "write 4 KiB, header and payload apart": Cost(64, 2701, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
     "write 4 KiB, depth 32": Cost(64, 798, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
     "write 4 KiB, depth 8, 4 connections": Cost(64, 1080, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 2215, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 2345, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        3036,
+        2438,
         {
             "recv_into": 2,
             "preadv": 64,
             "Environment.begin": 1,
             "Transaction.get": 1,
             "Transaction.abort": 1,
-            "pwrite": 66,
+            "pwrite": 4,
             "sendmsg": 2,
         },
     ),
     "write 1 MiB": Cost(8, 555, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 652, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB to new chunks": Cost(4, 668, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32, 2848, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
     "write 4 KiB to a new chunk, flush": Cost(
-        32, 3989, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32, 4037, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
     ),
-    "trim a chunk": Cost(32, 4860, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 4924, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 

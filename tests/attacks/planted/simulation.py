@@ -23,7 +23,9 @@ from tests.attacks.planted.bugs import Bug, replacing
 from tests.attacks.planted.data_syncs import in_flushes, none_at_all, noted_afterwards, sync_nothing
 from tests.attacks.planted.full import lose_fresh
 from tests.attacks.planted.simulation_data import (
+    acknowledge_failed_copies,
     bring_home_always,
+    copy_anew,
     data_is_forgotten,
     embedded_is_synced,
     never_void,
@@ -333,6 +335,20 @@ BUGS: tuple[Bug, ...] = (
         ("I3",),
         data_is_forgotten,
         400,
+    ),
+    _bug(
+        "sim-copied-anew",
+        "a second write of a turn to a chunk that is copied loses the first",
+        ("I3b",),
+        copy_anew,
+        2_000,
+    ),
+    _bug(
+        "sim-failed-copy-answered",
+        "writes whose copies could not be written are acknowledged",
+        ("I3b",),
+        acknowledge_failed_copies,
+        2_000,
     ),
     _bug(
         "sim-size-not-durable",

@@ -1,4 +1,4 @@
-"""Plants for the attack "simulation": what goes wrong with data that a flush has put into the journal."""
+"""Plants for the attack "simulation": what goes wrong with data in the journal, and with what a turn copies."""
 
 import os
 
@@ -72,3 +72,27 @@ def data_is_forgotten(patch: pytest.MonkeyPatch) -> None:
         return done
 
     patch.setattr(Journal, "embed", wrong)
+
+
+def copy_anew(patch: pytest.MonkeyPatch) -> None:
+    """Have every write of a turn to a chunk copy what it was before the turn."""
+    write = Volume._write_new_chunk
+
+    def wrong(self: Volume, chunk: int, within: int, old: int, data: memoryview) -> bool:
+        held = self._copies.held.get(chunk)
+        return (held is None or self._fill_old(old, held)) and write(self, chunk, within, old, data)
+
+    patch.setattr(Volume, "_write_new_chunk", wrong)
+
+
+def acknowledge_failed_copies(patch: pytest.MonkeyPatch) -> None:
+    """Take a turn for good of whose copies some could not be written."""
+    settle = Volume.settle
+
+    def wrong(self: Volume) -> None:
+        if self._copies.held:
+            self._write_copies()
+        self._copies.failure = None
+        settle(self)
+
+    patch.setattr(Volume, "settle", wrong)
