@@ -236,7 +236,8 @@ class Volume:
         """Return what the chunks held that ``steps`` copy, from the page cache; None where a thread must read some."""
         copied = [step.entry for step in steps if step.action is Action.COPY]
         contents = [bytearray(self.chunk_bytes) for _ in copied]
-        return contents if all(map(self._fill_old, copied, map(memoryview, contents))) else None
+        views = [memoryview(each) for each in contents]
+        return contents if all(map(self._fill_old, copied, views)) else None
 
     def _fill_old(self, entry: int, content: memoryview) -> bool:
         number, position = (entry >> 28) & FILE_MASK, (entry & CHUNK_MASK) << self.chunk_shift

@@ -9,6 +9,7 @@ from blockvirt.errors import PoolFull
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes import slow_path
 from blockvirt.volumes.handle import Handle
+from blockvirt.volumes.journal_opening import open_journal
 from blockvirt.volumes.tail import Tail
 from blockvirt.volumes.volume import Volume
 from tests.volumes.conftest import Pool, findings, read, until
@@ -36,7 +37,7 @@ class Held:
         monkeypatch.setattr(Tail, "_go_on", held)
 
     def journal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = slow_path.open_journal
+        original = open_journal
 
         async def held(volume: Volume) -> None:
             await self._hold()
