@@ -82,10 +82,17 @@ class IoThreads:
     async def run_to_end(self, work: Callable[[], T], at_end: Callable[[], None]) -> T:
         """Run ``work`` in a thread and return its result. Who is cancelled waits for its end too.
 
-        ``at_end`` is called on the loop when the thread is done, whatever became of who waited.
+        ``at_end`` is called on the loop when the thread is done, whatever became of who waited, and before he goes on.
         """
-        future = self.submit(work)
-        future.add_done_callback(lambda _: at_end())
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def then(value: T, error: BaseException | None) -> None:
+            try:
+                at_end()
+            finally:
+                _settle(future, value, error)
+
+        self.call(work, then)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from blockvirt.volumes.io_threads import IoThreads
+
 T = TypeVar("T")
 _LONGEST_S = 20_000.0  # of virtual time in one life: what is not done by then waits for something that never comes
 _MOST_RESTING = 12  # at a time: each is a call of the loop within the other
@@ -182,37 +184,12 @@ class SimLoop(asyncio.BaseEventLoop):
         self.close()
 
 
-class SimThreads:
-    """Stands for ``volumes.io_threads.IoThreads``."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def submit(self, work: Callable[[], T]) -> "asyncio.Future[T]":
-        """See IoThreads."""
-        return _loop().submit(work)
+class SimThreads(IoThreads):
+    """``IoThreads`` whose threads are those of the simulation's loop."""
 
     def call(self, work: Callable[[], Any], then: Callable[[Any, BaseException | None], None]) -> None:
         """See IoThreads."""
         _loop().call(work, then)
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """See IoThreads."""
-        return await self.submit(work)
-
-    async def run_to_end(self, work: Callable[[], T], at_end: Callable[[], None]) -> T:
-        """See IoThreads."""
-        future = self.submit(work)
-        future.add_done_callback(lambda _: at_end())
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait({future})
-            future.exception()
-            raise
-
-    def close(self) -> None:
-        """See IoThreads: those of the simulation belong to the loop."""
 
 
 class SimWriter:

@@ -1,6 +1,7 @@
 """Work in threads: every result arrives, failures too, together where they are ready together, and the end is clean."""
 
 import asyncio
+import random
 import threading
 from collections import deque
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from blockvirt.volumes.io_threads import IoThreads
+from tests.attacks.simulation_loop import SimLoop, SimThreads
 
 PATIENCE_S = 20.0
 
@@ -167,3 +169,21 @@ async def test_where_no_more_threads_can_be_had_those_that_there_are_do_the_work
     async with asyncio.timeout(PATIENCE_S):
         assert [await future for future in futures] == list(range(50))
     threads.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_end_of_work_is_noted_before_its_caller_goes_on_in_whatever_order_callbacks_run(seed: int) -> None:
+    noted: list[str] = []
+
+    async def work() -> None:
+        assert await SimThreads(1).run_to_end(lambda: 7, lambda: noted.append("end")) == 7
+        assert noted == ["end"]
+
+    async def beside() -> None:
+        await asyncio.gather(work(), *(asyncio.sleep(0) for _ in range(8)))
+
+    loop = SimLoop(random.Random(seed), in_order=False)
+    try:
+        loop.run(beside())
+    finally:
+        loop.bury()
