@@ -54,21 +54,21 @@ async def test_what_is_written_while_a_snapshot_syncs_goes_elsewhere(
     await write(handle, 2 * CHUNK, b"2" * CHUNK)
     active = handle._opened.volume.tail._file
     assert active is not None
-    submit = pool.engine.context.threads.submit
+    call = pool.engine.context.threads.call
     synced: list[BackingFile] = []
 
     def noted(self: BackingFile) -> None:
         synced.append(self)
 
-    def submitted(work):  # type: ignore[no-untyped-def]
+    def called(work, then):  # type: ignore[no-untyped-def]
         if not synced:  # the loop hands over the first sync
             synced.append(active)
             assert handle.write_now(3 * CHUNK, memoryview(b"3" * CHUNK))
             handle.settle()
-        return submit(work)
+        call(work, then)
 
     monkeypatch.setattr(BackingFile, "sync", noted)
-    monkeypatch.setattr(pool.engine.context.threads, "submit", submitted)
+    monkeypatch.setattr(pool.engine.context.threads, "call", called)
     await pool.snapshots.create({"v": "s3"})
     monkeypatch.undo()
     before, during = files_under(handle, range(2, 4))

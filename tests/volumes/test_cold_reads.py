@@ -11,7 +11,7 @@ from blockvirt.errors import DeviceFault
 from blockvirt.pool.backing import BackingFile
 from blockvirt.units import KIB, MIB
 from blockvirt.volumes.handle import Handle
-from blockvirt.volumes.io_threads import IoThreads
+from blockvirt.volumes.io_threads import IoThreads, Then
 from tests.volumes.conftest import Pool, write
 
 CHUNK = 4 * KIB
@@ -31,13 +31,13 @@ async def handle(pool: Pool) -> Handle:
 def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was handed to threads."""
     seen: list[Any] = []
-    submit = IoThreads.submit
+    call = IoThreads.call
 
-    def noted(self: IoThreads, work: Callable[[], Any]) -> Any:
+    def noted(self: IoThreads, work: Callable[[], Any], then: Then) -> None:
         seen.append(work)
-        return submit(self, work)
+        call(self, work, then)
 
-    monkeypatch.setattr(IoThreads, "submit", noted)
+    monkeypatch.setattr(IoThreads, "call", noted)
     return seen
 
 
