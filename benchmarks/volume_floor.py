@@ -161,7 +161,12 @@ class VolumeConnection(Connection):
 
     def _copied(self, file: File, position: int, data: memoryview) -> memoryview:
         content, within = bytearray(CHUNK_BYTES), position & (CHUNK_BYTES - 1)
-        os.preadv(file.fd, (content,), position - within, os.RWF_NOWAIT)
+        try:
+            cached = os.preadv(file.fd, (content,), position - within, os.RWF_NOWAIT) == CHUNK_BYTES
+        except BlockingIOError:
+            cached = False
+        if not cached:
+            os.preadv(file.fd, (content,), position - within)
         content[within : within + len(data)] = data
         return memoryview(content)
 
