@@ -6,10 +6,10 @@ have checked them against ``size_bytes``.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, Protocol
+from typing import Protocol
 
 BASE_ALLOCATION = "base:allocation"
 """The metadata context that every export has; ``extents`` answers for it."""
@@ -98,10 +98,11 @@ class VolumeHandle(Protocol):
         With ``fast`` raises NotSupported at once where zeroing would be no faster than writing.
         """
 
-    def flush(self) -> Coroutine[Any, Any, None] | asyncio.Future[None]:
-        """Return what is done when every write that was replied to before the call survives power loss (I3).
+    def start_flush(self, then: Callable[[BaseException | None], None]) -> None:
+        """Have ``then`` called when every write that was replied to before the call survives power loss (I3).
 
-        On any connection. A future: the flush has begun. A coroutine: it begins when awaited.
+        On any connection. It is told None, or what failed, on the loop and never within this call. No future: each pass
+        of the loop that an answer waits for shows in a flush's latency. Raises VolumeStopped.
         """
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:

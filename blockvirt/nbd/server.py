@@ -311,7 +311,8 @@ class NbdServer:
     async def stop(self, drain_s: float = NBD_DRAIN_S) -> None:
         """Stop listening, answer what has started, close all connections and volume handles.
 
-        After ``drain_s`` connections are closed without waiting for replies, after twice that operations are given up.
+        After ``drain_s`` connections are closed without waiting for replies, after twice that operations are given up,
+        after thrice that volumes that do not let go are left.
         Nothing is answered with ESHUTDOWN: a guest would see an I/O error, whereas it survives a closed connection.
         """
         self._stopping = True
@@ -336,6 +337,7 @@ class NbdServer:
                 for connection in list(self._connections.values()):
                     if connection.session is not None:
                         await connection.session.cancel()
+                await self._all_gone(drain_s)
         await self._tasks.close()
         if self._trimmer is not None:
             self._trimmer.cancel()

@@ -67,7 +67,10 @@ class SlowLane:
         self._most = most
         self._tasks = TaskSet(f"nbd {name}")
         self._changing: set[asyncio.Task[None]] = set()
-        self._flushes: set[asyncio.Future[None]] = set()
+        self._flushes: dict[int, Callable[[BaseException | None], None]] = {}
+        """Those in flight, by their numbers."""
+        self._flush_number = 0
+        self._all_flushed: asyncio.Future[None] | None = None
         self._abandoned = False
         self._added_bytes = 0
         self.added: list[tuple[int, int, int]] = []
@@ -172,30 +175,28 @@ class SlowLane:
         return True
 
     def _start_flush(self, cookie: int) -> None:
-        """Have the volume flush. No task waits for a future: each pass of the loop more shows in a flush's latency."""
         self.count += 1
         self._stats.in_flight += 1
-        began_s = perf_counter()
-        flushed: asyncio.Future[None]
+        number = self._flush_number = self._flush_number + 1
+        then = self._flushes[number] = partial(self._flushed, number, cookie, perf_counter())
         try:
-            work = self._handle.flush()
-            flushed = work if isinstance(work, asyncio.Future) else self._tasks.start(work, "flush", awaited=True)
+            self._handle.start_flush(then)
         except Exception as error:
-            flushed = asyncio.get_running_loop().create_future()
-            flushed.set_exception(error)
-        self._flushes.add(flushed)
-        flushed.add_done_callback(partial(self._flushed, cookie, began_s))
+            asyncio.get_running_loop().call_soon(then, error)
 
-    def _flushed(self, cookie: int, began_s: float, flushed: "asyncio.Future[None]") -> None:
-        self._flushes.discard(flushed)
-        failure = ShuttingDown("a flush was cancelled") if flushed.cancelled() else flushed.exception()
+    def _flushed(self, number: int, cookie: int, began_s: float, failure: BaseException | None) -> None:
+        if self._flushes.pop(number, None) is None:
+            return  # it was given up
         if failure is None:
             self._sink.slow_reply((done(cookie),), None, alone=self.count == 1)
-        elif isinstance(failure, ShuttingDown):
+        elif isinstance(failure, ShuttingDown | asyncio.CancelledError):
             self._sink.abandon("the volume is shutting down")
         else:
             self._sink.slow_reply((self._error(c.CMD_FLUSH, cookie, failure),), None, alone=self.count == 1)
         self._ended(c.CMD_FLUSH, began_s, 1, 0)
+        if self._all_flushed is not None and not self._flushes:
+            self._all_flushed.set_result(None)
+            self._all_flushed = None
 
     async def _status(self, flags: int, cookie: int, offset: int, length: int) -> Sequence[Part]:
         # "the server MAY return less data than requested": ask for no more than one reply can describe, so that a
@@ -303,12 +304,14 @@ class SlowLane:
     async def finish(self) -> None:
         """Return when nothing is in flight."""
         await self._tasks.wait()
-        while self._flushes:
-            await asyncio.wait(self._flushes)
+        if self._flushes:
+            if self._all_flushed is None:
+                self._all_flushed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._all_flushed)
 
     async def cancel(self) -> None:
         """Give up on what is still in flight: at a shutdown whose time is over."""
-        for flushed in self._flushes:
-            flushed.cancel()
+        for then in list(self._flushes.values()):
+            then(asyncio.CancelledError())
         await self._tasks.close()
         await self.finish()

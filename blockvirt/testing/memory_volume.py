@@ -5,7 +5,7 @@ A disk can be told to refuse the ``*_now`` verbs, to block a verb until it is le
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from blockvirt.device import (
     ALLOCATION_DEPTH,
@@ -155,6 +155,7 @@ class MemoryVolume:
         self._loop = asyncio.get_running_loop()
         self._unsettled = False
         self._closed = False
+        self._flushing: set[asyncio.Task[None]] = set()
         self.size_bytes = disk.size_bytes
         self.block_bytes = disk.block_bytes
         self.capabilities = disk.capabilities
@@ -229,9 +230,16 @@ class MemoryVolume:
             self._disk.clear(at, min(step, offset + length - at), punch=punch)
             await asyncio.sleep(0)
 
-    async def flush(self) -> None:
+    def start_flush(self, then: Callable[[BaseException | None], None]) -> None:
         """Count the flush: memory has no power to lose."""
-        await self._enter("flush")
+        flushing = self._loop.create_task(self._enter("flush"))
+        self._flushing.add(flushing)
+
+        def ended(_: "asyncio.Task[None]") -> None:
+            self._flushing.discard(flushing)
+            then(asyncio.CancelledError() if flushing.cancelled() else flushing.exception())
+
+        flushing.add_done_callback(ended)
 
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """Describe the range block by block, neighbours merged."""

@@ -26,6 +26,9 @@ Changes = tuple[BackingFile, list[tuple[int, bytes]] | None]
 Sync = tuple[str, Callable[[], None]]
 """What it means if it fails, and what blocks until it is done."""
 
+Then = Callable[[BaseException | None], None]
+"""Is told that a flush has ended, and what failed."""
+
 
 class Flusher:
     """The flushes of one open volume."""
@@ -35,46 +38,52 @@ class Flusher:
         self.syncing = SyncLock()
         """Held by a flush, and by a checkpoint from its freeze to its commit: a flush that comes while a checkpoint
         runs waits for its commit, so a mark never speaks across generations."""
-        self._next: list[asyncio.Future[None]] | None = None
+        self._next: list[Then] | None = None
         """Who waits for the round that has not begun."""
         self._alone = True
         """The last round had one asker, and nobody came while it ran: to wait for others to join would be in vain."""
+        self._in_call = False
 
     def flush(self) -> "asyncio.Future[None]":
         """Return what is done when every write replied to before the call is durable. It, or the call: VolumeStopped.
 
         It is the caller's own: to cancel it takes nothing from others who wait for the same round.
         """
-        self._volume.check()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._next is not None:
-            self._next.append(future)
-        elif self._alone and not self._volume.unsettled() and self.syncing.take():
-            self._begin([future])
-        else:
-            self._next = [future]
-            task = self._volume.tasks.start(self._begin_later(self._next), "flush")
-            task.add_done_callback(partial(self._given_up, self._next))
+        self.start(partial(_settle, future))
         return future
 
-    async def _begin_later(self, waiting: "list[asyncio.Future[None]]") -> None:
+    def start(self, then: Then) -> None:
+        """See VolumeHandle.start_flush. ``then`` hears of CancelledError where the round was given up."""
+        self._volume.check()
+        if self._next is not None:
+            self._next.append(then)
+        elif self._alone and not self._volume.unsettled() and self.syncing.take():
+            self._in_call = True
+            self._begin([then])
+            self._in_call = False
+        else:
+            self._next = [then]
+            task = self._volume.tasks.start(self._begin_later(self._next), "flush")
+            task.add_done_callback(partial(self._given_up, self._next))
+
+    async def _begin_later(self, waiting: list[Then]) -> None:
         await self.syncing.acquire()
         # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
         self._next = None
         self._begin(waiting)
 
-    def _given_up(self, waiting: "list[asyncio.Future[None]]", _: "asyncio.Task[None]") -> None:
+    def _given_up(self, waiting: list[Then], _: "asyncio.Task[None]") -> None:
         """Have nobody wait for a round that was cancelled before it began."""
         if self._next is waiting:
             self._next = None
-            for future in waiting:
-                future.cancel()
+            _tell(waiting, asyncio.CancelledError())
 
-    def _begin(self, waiting: "list[asyncio.Future[None]]") -> None:
+    def _begin(self, waiting: list[Then]) -> None:
         """Do a round; ``syncing`` is held, and given back in the end."""
         self._go_on(waiting, self._syncs(), time.perf_counter())
 
-    def _go_on(self, waiting: "list[asyncio.Future[None]]", syncs: Iterator[Sync], began_s: float) -> None:
+    def _go_on(self, waiting: list[Then], syncs: Iterator[Sync], began_s: float) -> None:
         try:
             what, sync = next(syncs)
         except StopIteration:
@@ -102,16 +111,13 @@ class Flusher:
         except Exception as error:
             ended(None, error)
 
-    def _end(self, waiting: "list[asyncio.Future[None]]", failure: BaseException | None) -> None:
+    def _end(self, waiting: list[Then], failure: BaseException | None) -> None:
         self._alone = len(waiting) == 1 and self._next is None
         self.syncing.release()
-        for future in waiting:
-            if future.done():
-                continue
-            if failure is None:
-                future.set_result(None)
-            else:
-                future.set_exception(failure)
+        if self._in_call or self._next is not None:  # the next round's sync begins before these are told
+            asyncio.get_running_loop().call_soon(_tell, waiting, failure)
+        else:
+            _tell(waiting, failure)
 
     def _syncs(self) -> Iterator[Sync]:
         """Note what a round speaks for, and give the syncs that it takes, one when the other is done."""
@@ -136,6 +142,26 @@ class Flusher:
             raise volume.stop("its journal cannot be written", error) from error
         yield "its journal cannot be synced", journal.sync
         journal.durable_sequence = max(journal.durable_sequence, upto)
+
+
+def _tell(waiting: Iterable[Then], failure: BaseException | None) -> None:
+    for then in waiting:
+        try:
+            then(failure)
+        except Exception as error:  # our own mistake: it may cost nobody else his answer
+            context = {"message": f"after a flush: {then}", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+
+def _settle(future: "asyncio.Future[None]", failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(None)
+    elif isinstance(failure, asyncio.CancelledError):
+        future.cancel()
+    else:
+        future.set_exception(failure)
 
 
 class SyncLock(asyncio.Lock):

@@ -23,6 +23,7 @@ class Handle:
         "session_id",
         "settle",
         "size_bytes",
+        "start_flush",
         "write_now",
     )
 
@@ -40,6 +41,7 @@ class Handle:
         self.write_now = volume.write_now
         self.settle = volume.settle
         self.flush = opened.flusher.flush
+        self.start_flush = opened.flusher.start
 
     @property
     def volume_id(self) -> str:

@@ -13,6 +13,7 @@ from blockvirt.nbd.messages import OPTION, pack_info_request
 from blockvirt.testing.memory_volume import MemoryDisk
 from blockvirt.units import MIB
 from tests.nbd.conftest import PATIENCE_S, Bench
+from tests.volumes.conftest import until
 
 
 @pytest.mark.parametrize("verb", ["write", "zero"])
@@ -187,16 +188,39 @@ async def test_stop_answers_what_has_started(bench: Bench) -> None:
     assert bytes(bench.disk.data[:11]) == b"w" * 10 + b"\0"
 
 
-async def test_stop_does_not_wait_for_ever(bench: Bench) -> None:
+@pytest.mark.parametrize(("verb", "request_"), [("write", (c.CMD_WRITE, 0, 1, b"w")), ("flush", (c.CMD_FLUSH,))])
+async def test_stop_does_not_wait_for_ever(bench: Bench, verb: str, request_: Any) -> None:
     bench.disk.now = False
-    gate = bench.disk.block("write")
+    gate = bench.disk.block(verb)
     client = await bench.enter()
-    write = client.start(c.CMD_WRITE, 0, 1, b"w")
+    request = client.start(*request_)
     await gate.arrived.wait()
-    await bench.server.stop(0.02)
+    async with asyncio.timeout(PATIENCE_S):
+        await bench.server.stop(0.02)
     with pytest.raises(NbdClientError):
-        await write
-    assert bench.server.stats().connections == 0
+        await request
+    stats = bench.server.stats()
+    assert (stats.connections, stats.in_flight) == (0, 0)
+    gate.let_go()  # what ends late is nobody's any more
+    await asyncio.sleep(0)
+    assert bench.server.stats().in_flight == 0
+
+
+async def test_a_volume_is_let_go_behind_the_flushes_of_a_client_that_has_gone(bench: Bench) -> None:
+    gate = bench.disk.block("flush")
+    client = await bench.enter()
+    for _ in range(3):
+        client.start(c.CMD_FLUSH)
+    await gate.arrivals(3)
+    await client.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await until(lambda: not bench.server.stats().sessions)
+    for _ in range(10):  # much longer than it takes to close a handle
+        await asyncio.sleep(0)
+    assert bench.disk.open_handles == 1
+    gate.let_go()
+    await bench.session_ended()
+    assert bench.disk.open_handles == 0
 
 
 async def test_no_export_is_opened_while_the_server_stops(bench: Bench) -> None:

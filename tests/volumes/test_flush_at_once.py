@@ -191,3 +191,33 @@ async def test_what_it_spoke_for_is_in_no_later_flush(in_place: Handle, monkeypa
     await write(in_place, CHUNK, FIRST)
     await in_place.flush()
     assert syncs.taken() == ["journal"], "only the last write is in it"
+
+
+@pytest.mark.parametrize("written", [True, False])
+async def test_who_asked_is_told_behind_his_call(in_place: Handle, *, written: bool) -> None:
+    """Also where there is nothing to do: whoever asks is in the middle of something."""
+    told: list[BaseException | None] = []
+    await in_place.flush()
+    if written:
+        await write(in_place, 0, FIRST)
+    in_place.start_flush(told.append)
+    assert not told
+    async with asyncio.timeout(PATIENCE_S):
+        await until(lambda: told == [None])
+
+
+async def test_one_who_fails_when_he_is_told_costs_nobody_his_answer(in_place: Handle) -> None:
+    mistakes: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: mistakes.append(context["exception"]))
+    mistake = ZeroDivisionError()
+
+    def fail(_: BaseException | None) -> None:
+        raise mistake
+
+    in_place._opened.flusher._alone = False
+    await write(in_place, 0, FIRST)
+    in_place.start_flush(fail)
+    async with asyncio.timeout(PATIENCE_S):
+        await in_place.flush()
+    assert mistakes == [mistake]
+    await in_place.flush()
