@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, DamagedRecord, DeviceFault, VolumeStopped
 from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, FileRecord, VolumeRecord, punch_count
-from blockvirt.meta.store import Store, Writer
+from blockvirt.meta.store import Store
 from blockvirt.pool.backing import unlink_files
 from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, journal_paths, read_journal, refuse_to_drop
 from blockvirt.volumes.recovery import go_back_to_disk, recover, sync_overwrites
-from blockvirt.volumes.versions import branch_record
+from blockvirt.volumes.versions import note_stopped
 
 log = logging.getLogger("blockvirt.recovery")
 
@@ -47,12 +46,7 @@ class Leftovers:
         elif reason:
             with _in_our_words(record):
                 await context.threads.run(lambda: go_back_to_disk(context, branch))
-
-            def clear(writer: Writer) -> None:
-                stored = branch_record(writer, branch.number)  # the background may have changed it meanwhile
-                writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=""))
-
-            await context.store.commit(clear)
+            await context.store.commit(lambda writer: note_stopped(writer, branch.number, ""))
         elif branch.number not in self._synced:
             with _in_our_words(record):
                 await context.threads.run(lambda: sync_overwrites(context, branch))

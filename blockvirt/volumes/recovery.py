@@ -28,7 +28,7 @@ from blockvirt.volumes.context import VolumeContext, files_of
 from blockvirt.volumes.journal import FoundJournal, leave_stop_note
 from blockvirt.volumes.journal_frames import Change, Frame, Kind, frame_bytes, is_followed, read_frames
 from blockvirt.volumes.leaf_map import LeafCache, LeafMap
-from blockvirt.volumes.versions import branch_record
+from blockvirt.volumes.versions import note_stopped
 
 log = logging.getLogger("blockvirt.recovery")
 
@@ -298,12 +298,8 @@ def _note_stop(context: VolumeContext, branch: BranchRecord, found: FoundJournal
     except OSError as error:
         log.error("branch %d: cannot leave word in its journal: %s", branch.number, error)
 
-    def change(writer: Writer) -> None:
-        stored = branch_record(writer, branch.number)
-        writer.put_record(Table.BRANCHES, number_key(branch.number), replace(stored, stopped=reason))
-
     try:
-        context.store.commit_now(change)
+        context.store.commit_now(lambda writer: note_stopped(writer, branch.number, reason))
     except BlockvirtError as error:
         log.error("branch %d: cannot note in the metadata that it stopped: %s", branch.number, error)
 

@@ -225,7 +225,8 @@ class SlowPath:
                 stop = min(whole_end, ((whole >> SLOT_BITS) + 1) << SLOT_BITS)
                 await (self._unmap(whole, stop) if punch else self._allocate_zeros(whole, stop))
                 whole = stop
-                await asyncio.sleep(0)  # one leaf at a time, then others get a turn: 4 GiB of trim stalls nobody
+                if whole < whole_end:
+                    await asyncio.sleep(0)  # one leaf at a time, then others get a turn: 4 GiB of trim stalls nobody
             tail_start = max(head_end, whole_end << shift)
             if tail_start < end:
                 await self._zero_part(tail_start, end, punch)

@@ -39,6 +39,13 @@ def branch_record(reader: Reader, number: int) -> BranchRecord:
     return record
 
 
+def note_stopped(writer: Writer, number: int, reason: str) -> None:
+    """Keep in a branch's record why its volume has stopped; "": it has not. Nothing where the branch is gone."""
+    stored = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
+    if stored is not None:
+        writer.put_record(Table.BRANCHES, number_key(number), replace(stored, stopped=reason))
+
+
 def lineage(reader: Reader, branch: BranchRecord, epoch: int) -> list[tuple[int, int]]:
     """Return where the map of a point is looked up, nearest first: (branch, newest epoch visible there)."""
     chain = [(branch.number, epoch)]

@@ -11,16 +11,13 @@ import logging
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
 
 from blockvirt.errors import BlockvirtError, VolumeStopped
 from blockvirt.limits import MAX_DIRTY_LEAVES
 from blockvirt.lun.address import ADDRESS_MASK, CHUNK_MASK, FILE_MASK, FRESH, chunk_of, file_of
 from blockvirt.lun.leaf import SLOT_BITS, SLOT_MASK, Leaf, is_run
 from blockvirt.lun.plan import Action, WriteStep, plan_write
-from blockvirt.meta.keys import Table, number_key
 from blockvirt.meta.records import BranchRecord, VolumeRecord
-from blockvirt.meta.store import Writer
 from blockvirt.pool.backing import READ_CACHED, would_block
 from blockvirt.tasks import TaskSet
 from blockvirt.volumes.checksums import check_content
@@ -34,6 +31,7 @@ from blockvirt.volumes.reads import ZEROS, Piece, pieces
 from blockvirt.volumes.stats import VolumeStats
 from blockvirt.volumes.tail import BranchFiles, Tail
 from blockvirt.volumes.transfer import Transfer, assign
+from blockvirt.volumes.versions import note_stopped
 
 log = logging.getLogger("blockvirt.volumes")
 
@@ -218,6 +216,11 @@ class Volume:
     def _write_steps_now(self, offset: int, data: memoryview) -> bool:
         if self._copies.held:
             self._write_copies()
+        first, last = offset >> self.chunk_shift, (offset + len(data) - 1) >> self.chunk_shift
+        if first >> SLOT_BITS == last >> SLOT_BITS:
+            entries = self.map.leaf(first >> SLOT_BITS).entries
+            if not any(entries[first & SLOT_MASK : (last & SLOT_MASK) + 1]):
+                return self._write_new_run(first, last - first + 1, offset & self._mask, data)
         steps = self.plan(offset, len(data))
         if not self.has_room(steps) or (copies := self.old_contents(steps)) is None:
             return False
@@ -229,6 +232,16 @@ class Volume:
             if self._changes:
                 self._journal_changes()  # the steps that went well are in the map, and no caller settles after an error
             raise
+        self._pressure.wrote(len(data))
+        return True
+
+    def _write_new_run(self, first: int, count: int, within: int, data: memoryview) -> bool:
+        """Write to chunks that are not mapped. As ``_write_steps_now`` would do it, with two thirds of the calls."""
+        if not self.has_journal_room(1) or self.tail.room() < count:
+            return False
+        file, address = self.tail.take(count)
+        file.write(data, ((address & CHUNK_MASK) << self.chunk_shift) + within)
+        self.stage(first, count, address | FRESH)
         self._pressure.wrote(len(data))
         return True
 
@@ -253,20 +266,12 @@ class Volume:
 
     def plan(self, offset: int, length: int) -> list[WriteStep]:
         """Return the steps of a write as the map is now."""
-        first, last = offset >> self.chunk_shift, (offset + length - 1) >> self.chunk_shift
-        if first >> SLOT_BITS == last >> SLOT_BITS:
-            entries = self.map.leaf(first >> SLOT_BITS).entries
-            if not any(entries[first & SLOT_MASK : (last & SLOT_MASK) + 1]):  # the first write of it all, in one piece
-                return [WriteStep(Action.ALLOCATE, first, last - first + 1, 0, offset & self._mask, 0, length)]
         return plan_write(self.map.writable, offset, length, self.chunk_shift, self.size_bytes)
 
     def has_room(self, steps: list[WriteStep]) -> bool:
         """Tell whether the journal, the tail and the dirty leaves can take what ``steps`` will stage."""
-        changes = sum(1 for step in steps if step.action is not Action.OVERWRITE)
-        if not changes:
-            return True
-        chunks = sum(step.count for step in steps if step.action is not Action.OVERWRITE)
-        return self.has_journal_room(changes) and self.tail.room() >= chunks
+        new = [step.count for step in steps if step.action is not Action.OVERWRITE]
+        return not new or (self.has_journal_room(len(new)) and self.tail.room() >= sum(new))
 
     def has_journal_room(self, changes: int) -> bool:
         """Tell whether so many more map changes can be staged before the next checkpoint."""
@@ -384,14 +389,8 @@ class Volume:
         """Keep in the metadata why the volume stopped; best effort, the journal has its own note."""
         failure, number = self.failure, self.map.branch
         assert failure is not None
-
-        def change(writer: Writer) -> None:
-            branch = writer.record(BranchRecord, Table.BRANCHES, number_key(number))
-            if branch is not None:
-                writer.put_record(Table.BRANCHES, number_key(number), replace(branch, stopped=failure.cause))
-
         try:
-            await self.context.store.commit(change)
+            await self.context.store.commit(lambda writer: note_stopped(writer, number, failure.cause))
         except BlockvirtError as error:
             log.error("volume %s: cannot note in the metadata that it stopped: %s", self.record.name, error)
 
