@@ -80,7 +80,8 @@ class VolumeHandle(Protocol):
     def settle(self) -> None:
         """Make everything written by ``write_now`` since the last call survive the death of this process.
 
-        One journal append for a whole batch; nothing at all where no map entry changed. Raises VolumeStopped.
+        One journal append for a whole batch; nothing at all where no map entry changed. Raises VolumeStopped, OSError:
+        none of the batch may be acknowledged then.
         """
 
     async def read(self, reads: Sequence[Read]) -> Sequence[Exception | None]:

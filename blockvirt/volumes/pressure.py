@@ -15,10 +15,10 @@ def kernel_dirty_ratio() -> float:
     """Return dirty plus write-back pages over the point where the kernel starts to throttle writers."""
     try:
         figures = dict(line.split() for line in _VMSTAT.read_text().splitlines())
-    except OSError:  # a sandbox without it: writes then sleep on the loop where the kernel throttles them
+        dirty = int(figures["nr_dirty"]) + int(figures["nr_writeback"])
+        start = (int(figures["nr_dirty_threshold"]) + int(figures["nr_dirty_background_threshold"])) / 2
+    except (OSError, ValueError, KeyError):  # a sandbox without it: writes then sleep on the loop when throttled
         return 0.0
-    dirty = int(figures["nr_dirty"]) + int(figures["nr_writeback"])
-    start = (int(figures["nr_dirty_threshold"]) + int(figures["nr_dirty_background_threshold"])) / 2
     return dirty / start if start else 0.0
 
 

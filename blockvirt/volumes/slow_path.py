@@ -87,23 +87,21 @@ class SlowPath:
                 continue
             # What waited for room may well be in the page cache: 32 threads' round trips take 5 ms.
             copies = None if volume.context.pressure.high else volume.old_contents(steps)
-            in_thread = copies is None
-            in_place = in_thread and any(step.action is Action.OVERWRITE for step in steps)
+            if copies is not None:
+                volume.write_steps(steps, data, copies)
+                volume.settle()
+                return
+            in_place = any(step.action is Action.OVERWRITE for step in steps)
             if not in_place or volume.in_place.open:
                 break
             await volume.in_place.opened()
-        transfers = assign(
-            volume.files, volume.tail, volume.chunk_shift, steps, data, copies, checksum_of=volume.checksum_of
-        )
+        transfers = assign(volume.files, volume.tail, volume.chunk_shift, steps, data, checksum_of=volume.checksum_of)
 
         def run_all() -> None:
             for transfer in transfers:
                 transfer.run()
 
-        if in_thread:
-            await self._in_thread(run_all, in_place=in_place)
-        else:
-            run_all()
+        await self._in_thread(run_all, in_place=in_place)
         volume.context.pressure.wrote(len(data))
         # A checkpoint may have filled up the room meanwhile; the entries belong to this operation alone (busy).
         changes = sum(1 for transfer in transfers if transfer.first_entry)
@@ -177,23 +175,18 @@ class SlowPath:
         volume = self._volume
         volume.check()
         if volume.journal is None:
-            if self._opening_journal is None:
-                self._opening_journal = volume.tasks.start(self._open_journal(), "journal", awaited=True)
+            if self._opening_journal is None or self._opening_journal.done():
+                self._opening_journal = volume.tasks.start(open_journal(volume), "journal", awaited=True)
             await asyncio.shield(self._opening_journal)
         elif not volume.has_journal_room(changes):
             await self._checkpointer.run()
-
-    async def _open_journal(self) -> None:
-        try:
-            await open_journal(self._volume)
-        finally:
-            self._opening_journal = None
 
     async def _admit_device(self, device_id: str) -> None:
         """Have the journal know a device before anything of the volume lies there; raises VolumeStopped."""
         volume = self._volume
         identity = volume.context.storage.identity_of(device_id)
-        while self._opening_journal is not None:  # it may not know the device yet; one that is made later will
+        # One that is being made may not know the device yet; one that is made later will.
+        while self._opening_journal is not None and not self._opening_journal.done():
             await asyncio.wait([self._opening_journal])
         journal = volume.journal
         if journal is None or journal.header.identities.get(device_id) == identity:

@@ -150,7 +150,7 @@ class Tail:
         self._volume = volume
         self._tasks = tasks
         self._extending: asyncio.Task[None] | None = None
-        """Makes room, for all who wait for some: they go on together when it ends."""
+        """The last that made room, for all who wait for some: they go on together when it ends."""
         self._extending_for = 0
         """Chunks that it was asked for; 0 where nobody has asked."""
         self._file: BackingFile | None = None
@@ -200,7 +200,7 @@ class Tail:
 
     def _look_ahead(self, file: BackingFile) -> None:
         left = file.reserved_chunks - file.used_chunks
-        if left < self._enough_chunks and self._extending is None and left < self._step_chunks() // 2:
+        if left < self._enough_chunks and left < self._step_chunks() // 2 and self._idle():
             self._extending, self._extending_for = self._tasks.start(self._reserve_ahead(), "reserve"), 0
 
     def _step_chunks(self) -> int:
@@ -212,19 +212,21 @@ class Tail:
         try:
             if self._file is not None and self.room() < self._step_chunks():
                 await self._extend(self._file, self._step_chunks())
-        except (PoolFull, OSError):
+        except (BlockvirtError, OSError):
             pass  # who really needs the space asks again and is told
-        finally:
-            self._extending = None
+
+    def _idle(self) -> bool:
+        return self._extending is None or self._extending.done()
 
     async def make_room(self, count: int, admit_device: AdmitDevice) -> None:
         """Return when ``take(count)`` will succeed; raises PoolFull, DeviceFault or OSError."""
         assert 0 < count <= self._context.file_chunks
         while self.room() < count:
-            if self._extending is None:
+            if self._idle():
                 work = self._make_room(count, admit_device)
                 self._extending, self._extending_for = self._tasks.start(work, "room", awaited=True), count
             extending, asked = self._extending, self._extending_for
+            assert extending is not None
             try:
                 await asyncio.shield(extending)
             except (BlockvirtError, OSError):
@@ -232,18 +234,15 @@ class Tail:
                     raise
 
     async def _make_room(self, count: int, admit_device: AdmitDevice) -> None:
-        try:
-            while self.room() < count:
-                try:
-                    await self._go_on(count, admit_device)
-                except PoolFull:
-                    file, self._resting = self._resting, None
-                    if file is None:
-                        raise
-                    if self._fits(file, count) and file.reserved_chunks - file.used_chunks >= count:
-                        self._file = file
-        finally:
-            self._extending = None
+        while self.room() < count:
+            try:
+                await self._go_on(count, admit_device)
+            except PoolFull:
+                file, self._resting = self._resting, None
+                if file is None:
+                    raise
+                if self._fits(file, count) and file.reserved_chunks - file.used_chunks >= count:
+                    self._file = file
 
     async def _go_on(self, count: int, admit_device: AdmitDevice) -> None:
         home = self._resting.device_id if self._resting is not None else None
@@ -306,7 +305,7 @@ class Tail:
                 return
             except PoolFull:
                 pass  # not a whole step ahead any more, but perhaps what is needed now
-        await self._extend(file, count)
+        await self._extend(file, count - (file.reserved_chunks - file.used_chunks))
 
     async def _extend(self, file: BackingFile, chunks: int) -> None:
         length = chunks << self._context.chunk_shift

@@ -102,9 +102,8 @@ class Volume:
         except KeyError:
             file = self.files.get(file_of(entry))
         try:  # BackingFile.read_cached
-            return (
-                os.preadv(file.fd, (into,), ((entry & CHUNK_MASK) << self.chunk_shift) + within, READ_CACHED) == length
-            )
+            position = ((entry & CHUNK_MASK) << self.chunk_shift) + within
+            return os.preadv(file.fd, (into,), position, READ_CACHED) == length
         except OSError as error:
             return would_block(error)
 
@@ -156,18 +155,14 @@ class Volume:
             if entry < FRESH:
                 return self._write_new_chunk(chunk, within, entry, data)
             file = self._open_files.get((entry >> 28) & FILE_MASK)
-            if file is not None:
-                file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-                self._pressure.wrote(length)
-                return True
         else:
             leaf = self.map.leaf(chunk >> SLOT_BITS)
             entry = self._run(leaf, offset, length)
-            if entry >= FRESH and leaf.birth == self.map.epoch:
-                file = self.files.get(file_of(entry))
-                file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
-                self._pressure.wrote(length)
-                return True
+            file = self.files.get(file_of(entry)) if entry >= FRESH and leaf.birth == self.map.epoch else None
+        if file is not None:
+            file.write(data, ((entry & CHUNK_MASK) << self.chunk_shift) + within)
+            self._pressure.wrote(length)
+            return True
         return self._write_steps_now(offset, data)
 
     def _write_new_chunk(self, chunk: int, within: int, old: int, data: memoryview) -> bool:
@@ -199,12 +194,13 @@ class Volume:
 
     def _write_copies(self) -> None:
         """Write the chunks that wait to be copied, and stage them. What keeps them from it, ``settle`` raises."""
-        chunks = self._copies.held
+        chunks, self._copies.held = self._copies.held, {}
         try:
             file, first = self.tail.take(len(chunks))
             try:
-                self._copies.write(file, (first & CHUNK_MASK) << self.chunk_shift)
-            except OSError:
+                size_bytes = len(chunks) << self.chunk_shift
+                file.write(self._copies.content[:size_bytes], (first & CHUNK_MASK) << self.chunk_shift)
+            except BaseException:
                 self.give_up(range(first, first + len(chunks)))
                 raise
             for entry, chunk in enumerate(chunks, first | FRESH):
@@ -224,6 +220,11 @@ class Volume:
         steps = self.plan(offset, len(data))
         if not self.has_room(steps) or (copies := self.old_contents(steps)) is None:
             return False
+        self.write_steps(steps, data, copies)
+        return True
+
+    def write_steps(self, steps: list[WriteStep], data: memoryview, copies: list[bytearray]) -> None:
+        """Write and stage what was planned and has room, with the ``old_contents``; the caller settles. OSError."""
         try:
             for transfer in assign(self.files, self.tail, self.chunk_shift, steps, data, copies):
                 transfer.run()
@@ -233,7 +234,6 @@ class Volume:
                 self._journal_changes()  # the steps that went well are in the map, and no caller settles after an error
             raise
         self._pressure.wrote(len(data))
-        return True
 
     def _write_new_run(self, first: int, count: int, within: int, data: memoryview) -> bool:
         """Write to chunks that are not mapped. As ``_write_steps_now`` would do it, with two thirds of the calls."""

@@ -64,7 +64,7 @@ COSTS = {
     "write 4 KiB to new chunks, depth 32": Cost(64, 2345, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        2438,
+        2434,
         {
             "recv_into": 2,
             "preadv": 64,

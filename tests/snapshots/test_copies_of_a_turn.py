@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from blockvirt.lun.address import FRESH, chunk_of
 from blockvirt.pool.backing import BackingFile
 from blockvirt.volumes.handle import Handle
 from tests.snapshots.conftest import SnapshotPool
-from tests.volumes.conftest import findings, read, write
+from tests.volumes.conftest import findings, read, until_punched, write
 
 CHUNK = 4096
 CHUNKS = 2 * TURN_COPY_BYTES // CHUNK
@@ -218,3 +219,35 @@ async def test_nobody_may_leave_a_turn_unsettled(pool: SnapshotPool) -> None:
     assert await read(second, 0, 2) == b"ca"
     await first.close()
     await second.close()
+
+
+@pytest.mark.parametrize("what", ["an address", "memory"])
+async def test_a_mistake_leaves_nothing_held_and_costs_other_volumes_nothing(
+    pool: SnapshotPool, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    handle, other = await snapshotted(pool), await snapshotted(pool, "w")
+
+    original = BackingFile.write
+
+    def fail(*arguments: Any) -> None:
+        if what == "memory":
+            original(*arguments)
+        raise MemoryError
+
+    at_once(handle, 0, b"b")
+    at_once(handle, CHUNK, b"b")
+    with monkeypatch.context() as patched:
+        if what == "an address":
+            patched.setattr(handle._opened.volume.tail, "take", fail)
+        else:
+            patched.setattr(BackingFile, "write", fail)
+        with pytest.raises(MemoryError):
+            handle.settle()
+    assert not handle._opened.volume.unsettled()
+    at_once(other, 0, b"b")
+    other.settle()
+    assert await read(handle, 0, 1) == b"a"
+    await handle.close()
+    await other.close()
+    await until_punched(pool)
+    assert not findings(pool, leaks=True)

@@ -158,3 +158,38 @@ async def test_space_reserved_ahead_is_waited_for(pool: Pool, monkeypatch: pytes
     assert len(sizes) == 1
     assert file.reserved_chunks == sum(sizes[0])
     await handle.close()
+
+
+async def test_nobody_waits_for_one_who_was_cancelled_before_the_first_step(pool: Pool) -> None:
+    handle = await pool.open(await pool.volume(SIZE))
+    opened = handle._opened
+    (asking,) = await asked(handle, [1])
+    assert opened.volume.tail._extending is not None
+    opened.volume.tail._extending.cancel()
+    await asyncio.wait([asking])
+    opening = asyncio.create_task(opened.slow._make_journal_room(1))
+    await asyncio.sleep(0)
+    assert opened.slow._opening_journal is not None
+    opened.slow._opening_journal.cancel()
+    await asyncio.wait([opening])
+    async with asyncio.timeout(20):
+        await handle.write(0, memoryview(b"w" * CHUNK))
+    assert await read(handle, 0, CHUNK) == b"w" * CHUNK
+
+
+async def test_only_what_is_not_reserved_already_must_be_had(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = await pool.open(await pool.volume(4096 * CHUNK))
+    await handle.write(0, memoryview(b"a"))
+    room, free_chunks = handle._opened.volume.tail.room(), 44
+    assert room
+
+    def admit(_: str, needed_bytes: int) -> None:
+        if needed_bytes > free_chunks * CHUNK:
+            raise PoolFull("no more is free")
+
+    monkeypatch.setattr(pool.engine.storage, "admit", admit)
+    with pytest.raises(PoolFull):
+        await handle.write(1000 * CHUNK, memoryview(bytes((room + free_chunks + 1) * CHUNK)))
+    await handle.write(1000 * CHUNK, memoryview(bytes((room + free_chunks) * CHUNK)))
+    await handle.close()
+    assert not findings(pool, leaks=True)
