@@ -150,7 +150,14 @@ FLUSHED = "rw=randwrite iodepth=1 fsync=1"
 CELLS: tuple[Measurable, ...] = (
     _random("read-32", "random read, QD32", "rw=randread iodepth=32", roles=WITH_FLOORS),
     _random("write-32", "random write, QD32", "rw=randwrite iodepth=32", roles=WITH_FLOORS),
-    _random("write-fresh-32", "random write, fresh, QD32", "rw=randwrite iodepth=32", FRESH, share=QUARTER),
+    _random(
+        "write-fresh-32",
+        "random write, fresh, QD32",
+        "rw=randwrite iodepth=32",
+        FRESH,
+        share=QUARTER,
+        roles=PEERS | {Role.VOLUME},
+    ),
     _random(
         "write-snapshot-32",
         "random write right after a snapshot, QD32",

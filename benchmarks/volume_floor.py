@@ -4,10 +4,10 @@
 
 It runs on uvloop; looks up each chunk in a map of leaves, and the file that the entry names; reads so that what is not
 in the page cache would not hold up the loop; remembers of each write what a flush may take into a journal; counts and
-takes the time. Nearly all of it lies in one function, without a call of Python in between. There is no budget and no
-room for other clients, and each chunk is mapped from the beginning, where it lies in the volume. With SNAPSHOT it lies
-in that file: what is written first in a chunk is copied to the end of FILE with it, and the map's changes go to a
-journal.
+takes the time. A chunk's first write takes the next place in FILE, and the map's changes go to a journal. With SNAPSHOT
+all chunks lie in that file: what is written first in one is copied to FILE with it. Nearly all of it lies in one
+function, without a call of Python in between. There is no budget and no room for other clients. What was never written
+is never read, what is written first lies in one leaf, and a flush does not speak for the journal.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ from benchmarks.floor import (
 CHUNK_SHIFT, LEAF_SHIFT, FILE_SHIFT = 14, 9, 28
 CHUNK_MASK, LEAF_MASK = (1 << FILE_SHIFT) - 1, (1 << LEAF_SHIFT) - 1
 CHUNK_BYTES = 1 << CHUNK_SHIFT
-SNAPSHOT_ENTRY = 1 << FILE_SHIFT
+SNAPSHOT_ENTRY, UNMAPPED = 1 << FILE_SHIFT, 2 << FILE_SHIFT
 CHANGE = struct.Struct("<IIQ")
 NOTED_BYTES, NOTED_WRITES = 32 << 10, 16
 JOURNAL_BYTES = 16 << 20
@@ -57,9 +57,10 @@ class Leaf:
 
     __slots__ = ("entries", "touched")
 
-    def __init__(self, number: int, file: int) -> None:
-        first = file << FILE_SHIFT | number << LEAF_SHIFT
-        self.entries = array("Q", range(first, first + (1 << LEAF_SHIFT)))
+    def __init__(self, number: int, *, snapshotted: bool) -> None:
+        first = SNAPSHOT_ENTRY | number << LEAF_SHIFT
+        chunks = range(first, first + (1 << LEAF_SHIFT)) if snapshotted else [UNMAPPED] * (1 << LEAF_SHIFT)
+        self.entries = array("Q", chunks)
         self.touched = False
 
 
@@ -74,18 +75,31 @@ class File:
         self.changes: deque[tuple[int, bytes | None]] = deque(maxlen=NOTED_WRITES + 1)
 
 
+class Volume:
+    """The map of all chunks, and where new ones and the map's changes go."""
+
+    def __init__(self, fds: Sequence[int], journal: int, size_bytes: int) -> None:
+        leaves = range((size_bytes >> CHUNK_SHIFT >> LEAF_SHIFT) + 1)
+        self.leaves = {number: Leaf(number, snapshotted=len(fds) > 1) for number in leaves}
+        self.files = {number: File(fd) for number, fd in enumerate(fds)}
+        self.files[UNMAPPED >> FILE_SHIFT] = self.files[0]
+        self.used_chunks = 0
+        self._journal = journal
+        self._journal_bytes = 0
+
+    def append(self, changes: bytes) -> None:
+        """Journal changes of the map."""
+        frame = changes + zlib.crc32(changes).to_bytes(8, "little")
+        self._journal_bytes += os.pwrite(self._journal, frame, self._journal_bytes)
+
+
 class VolumeConnection(Connection):
     """Requests go through the map; one that touches several chunks finds them side by side, but for a snapshot's."""
 
-    def __init__(
-        self, sock: socket.socket, fds: Sequence[int], journal: int, size_bytes: int, flushes: Flushes
-    ) -> None:
-        super().__init__(sock, fds[0], size_bytes, flushes)
-        self._journal = journal
-        last, leaves = len(fds) - 1, range((size_bytes >> CHUNK_SHIFT >> LEAF_SHIFT) + 1)
-        self._leaves = {number: Leaf(number, last) for number in leaves}
-        self._files = {number: File(fd) for number, fd in enumerate(fds)}
-        self._used_chunks = self._journal_bytes = 0
+    def __init__(self, sock: socket.socket, fd: int, volume: Volume, size_bytes: int, flushes: Flushes) -> None:
+        super().__init__(sock, fd, size_bytes, flushes)
+        self._volume = volume
+        self._leaves, self._files = volume.leaves, volume.files
         self._failure: OSError | None = None
         self.reads = self.writes = self.bytes_read = self.bytes_written = 0
         self.busy_s = 0.0
@@ -127,11 +141,13 @@ class VolumeConnection(Connection):
                     break
                 data = view[low + REQUEST.size : low + REQUEST.size + length]
                 if entry >= SNAPSHOT_ENTRY:
-                    data = self._copied(file, position, data)
-                    file, entry = files[0], self._used_chunks
-                    position, self._used_chunks = entry << CHUNK_SHIFT, entry + 1
-                    leaf.entries[chunk & LEAF_MASK] = entry
-                    changed.append(CHANGE.pack(chunk, 1, entry))
+                    first, slot, within = self._volume.used_chunks, chunk & LEAF_MASK, offset & (CHUNK_BYTES - 1)
+                    end = first + ((within + length - 1) >> CHUNK_SHIFT) + 1
+                    if entry < UNMAPPED:
+                        data, within = self._copied(file, position, data), 0
+                    file, position, self._volume.used_chunks = files[0], (first << CHUNK_SHIFT) + within, end
+                    leaf.entries[slot : slot + end - first] = array("Q", range(first, end))
+                    changed.append(CHANGE.pack(chunk, end - first, first))
                 os.pwrite(file.fd, data, position)
                 written = None
                 if file.noted_bytes + len(data) <= NOTED_BYTES:
@@ -153,7 +169,7 @@ class VolumeConnection(Connection):
             low += REQUEST.size
         self._low = low
         if changed:
-            self._append(b"".join(changed))
+            self._volume.append(b"".join(changed))
         if out:
             send(self._sock, out)
         self.busy_s += perf_counter() - began_s
@@ -170,10 +186,6 @@ class VolumeConnection(Connection):
         content[within : within + len(data)] = data
         return memoryview(content)
 
-    def _append(self, changes: bytes) -> None:
-        frame = changes + zlib.crc32(changes).to_bytes(8, "little")
-        self._journal_bytes += os.pwrite(self._journal, frame, self._journal_bytes)
-
 
 async def serve(path: str, size_bytes: int, images: Sequence[str]) -> None:
     """Serve until killed."""
@@ -181,7 +193,7 @@ async def serve(path: str, size_bytes: int, images: Sequence[str]) -> None:
     journal = os.open(f"{images[0]}.journal", os.O_RDWR | os.O_CREAT | os.O_EXCL)
     os.posix_fallocate(journal, 0, JOURNAL_BYTES)
     os.unlink(f"{images[0]}.journal")
-    flushes = Flushes(fds[0])
+    volume, flushes = Volume(fds, journal, size_bytes), Flushes(fds[0])
     loop = asyncio.get_running_loop()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -201,7 +213,7 @@ async def serve(path: str, size_bytes: int, images: Sequence[str]) -> None:
         sock, _ = listener.accept()
         with contextlib.suppress(OSError):
             if negotiate(sock, size_bytes):
-                connection = VolumeConnection(sock, fds, journal, size_bytes, flushes)
+                connection = VolumeConnection(sock, fds[0], volume, size_bytes, flushes)
                 loop.add_reader(sock.fileno(), partial(ready, connection, sock))
 
     loop.add_reader(listener.fileno(), accept)
