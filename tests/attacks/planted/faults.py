@@ -54,6 +54,19 @@ def _write(self: BackingFile, data: memoryview, position: int) -> None:
         self.unsynced_bytes += len(data)
 
 
+def _acknowledge_failed_copies(patch: pytest.MonkeyPatch) -> None:
+    """Take a turn for good of whose copies some could not be written."""
+    settle = Volume.settle
+
+    def wrong(self: Volume) -> None:
+        if self._copies.held:
+            self._write_copies()
+        self._copies.failure = None
+        settle(self)
+
+    patch.setattr(Volume, "settle", wrong)
+
+
 def _sync_ended(_volume: Volume, _what: str, _began_s: float, error: BaseException | None) -> BaseException | None:
     """Tell who asked, and let the volume go on."""
     return error
@@ -160,6 +173,13 @@ BUGS: tuple[Bug, ...] = (
         ("I3b", "I4"),
         replacing(BackingFile, "write", _write),
         Cell(Site("data", "write"), SHORT, ONCE, 1),
+    ),
+    _bug(
+        "failed-copies-are-answered",
+        "writes whose copies could not be written are acknowledged",
+        ("I3b",),
+        _acknowledge_failed_copies,
+        Cell(Site("data", "write"), "EIO", ONCE, 12),
     ),
     _bug(
         "a-failed-sync-stops-nothing",

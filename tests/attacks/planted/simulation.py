@@ -23,7 +23,6 @@ from tests.attacks.planted.bugs import Bug, replacing
 from tests.attacks.planted.data_syncs import in_flushes, none_at_all, noted_afterwards, sync_nothing
 from tests.attacks.planted.full import lose_fresh
 from tests.attacks.planted.simulation_data import (
-    acknowledge_failed_copies,
     bring_home_always,
     copy_anew,
     data_is_forgotten,
@@ -341,13 +340,6 @@ BUGS: tuple[Bug, ...] = (
         "a second write of a turn to a chunk that is copied loses the first",
         ("I3b",),
         copy_anew,
-        2_000,
-    ),
-    _bug(
-        "sim-failed-copy-answered",
-        "writes whose copies could not be written are acknowledged",
-        ("I3b",),
-        acknowledge_failed_copies,
         2_000,
     ),
     _bug(

@@ -83,16 +83,3 @@ def copy_anew(patch: pytest.MonkeyPatch) -> None:
         return (held is None or self._fill_old(old, held)) and write(self, chunk, within, old, data)
 
     patch.setattr(Volume, "_write_new_chunk", wrong)
-
-
-def acknowledge_failed_copies(patch: pytest.MonkeyPatch) -> None:
-    """Take a turn for good of whose copies some could not be written."""
-    settle = Volume.settle
-
-    def wrong(self: Volume) -> None:
-        if self._copies.held:
-            self._write_copies()
-        self._copies.failure = None
-        settle(self)
-
-    patch.setattr(Volume, "settle", wrong)
