@@ -1,7 +1,8 @@
 """Memory for requests and replies: taken when data moves, given back when the connection rests.
 
-An idle connection holds no buffer at all. Buffers come in a few sizes and are reused last in, first out, so the one in
-the processor's cache is the next one used, and no page is zeroed again for every large read.
+An idle connection holds no buffer at all, but for one that worked alone and was the last: it keeps two small ones until
+another has a turn. Buffers come in a few sizes and are reused last in, first out, so the one in the processor's cache
+is the next one used, and no page is zeroed again for every large read.
 """
 
 import mmap

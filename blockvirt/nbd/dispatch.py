@@ -36,6 +36,7 @@ _READ_MARGIN_BYTES = DATA.size + _ALIGNED_BYTES
 """The most that a read takes in an arena beside its data."""
 _SMALL_READ_BYTES = SMALL_BYTES - _READ_MARGIN_BYTES
 _NO_HEAD = -1
+_FLUSH_HEAD = request_head(0, c.CMD_FLUSH)
 """No request begins with it, whatever a client sends."""
 
 
@@ -105,7 +106,8 @@ class Dispatcher:
         if self.backlog:
             self.backlog = False
             incoming.unpark()  # where nothing was received since it was parked
-        self._outgoing.open_arena()
+        if not self._outgoing.arena:
+            self._outgoing.open_arena()
         served = 0
         if not incoming.skip_bytes or self._skip():
             while True:
@@ -135,18 +137,20 @@ class Dispatcher:
         view, low, high, used = incoming.view, incoming.low, incoming.high, outgoing.used
         arena, ready, last = outgoing.arena, used, high - _HEADER_BYTES
         room = len(arena) if len(arena) <= SMALL_BYTES else 0  # a large one is filled by _read
-        size, structured = self._size_bytes, self._structured
+        size, structured, head, cookie = self._size_bytes, self._structured, _NO_HEAD, b""
         read_heads, write_head = self._read_heads, self._write_head
         read_now, write_now, unpack, wrote = self._read_now, self._write_now, REQUEST_HEAD.unpack_from, self._wrote
         put_data, put_success, header_bytes = DATA.pack_into, SUCCESS.pack_into, self._data_header_bytes
-        reads = cold = writes = bytes_read = bytes_written = 0
-        head, cookie, length = _NO_HEAD, b"", 0
+        reads = cold = writes = flushes = bytes_read = bytes_written = length = 0
         try:
             for _ in range(most):
                 if low > last:
                     break
                 head, cookie, offset, length = unpack(view, low)
                 if offset + length > size or not length:
+                    if head == _FLUSH_HEAD and self._slow.start_flush(int.from_bytes(cookie)):
+                        flushes, low = flushes + 1, low + _HEADER_BYTES
+                        continue
                     break
                 if head in read_heads:
                     start = used + header_bytes
@@ -186,16 +190,17 @@ class Dispatcher:
             incoming.low, outgoing.used = low, used
             if ready < used:
                 self._out.append(arena[ready:used])
-        traffic = self.traffic
+        traffic, requests = self.traffic, self.traffic.requests
         if reads or cold:
-            traffic.requests[c.CMD_READ] += reads + cold
+            requests[c.CMD_READ] += reads + cold
             traffic.bytes_read += bytes_read
             self._fast_reads += reads
         if writes:
-            traffic.requests[c.CMD_WRITE] += writes
+            requests[c.CMD_WRITE] += writes
             traffic.bytes_written += bytes_written
             self._fast_writes += writes
-        return reads + writes + cold
+        requests[c.CMD_FLUSH] += flushes
+        return reads + writes + cold + flushes
 
     def observe(self, duration_s: float) -> None:
         """Note that the requests answered on the spot since the last call took ``duration_s``."""

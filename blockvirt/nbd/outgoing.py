@@ -118,18 +118,22 @@ class Outgoing:
     def send_soon(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
         """Send a slow request's reply: at once if it is ``alone``, else with others that this pass of the loop brings.
 
-        ``buffer`` is what ``parts`` lies in: given back, and its charge with it, once it was sent.
+        ``buffer`` is what ``parts`` lies in: given back, and its charge with it, once it was sent. ``on_drained`` is
+        not called for what is sent at once.
         """
         if self._closed:
             self._settle_debt([buffer] if buffer else [])
+            return
+        if alone and not self._late:
+            if buffer is not None:
+                self._owed.append(buffer)
+            self.send(list(parts))
             return
         is_first = not self._late
         self._late.extend(parts)
         if buffer is not None:
             self._late_owed.append(buffer)
-        if alone:
-            self._send_late()
-        elif is_first:
+        if is_first:
             self._loop.call_soon(self._send_late)
 
     def _send_late(self) -> None:

@@ -27,7 +27,7 @@ from blockvirt.nbd.transmission import ExportView, SimpleReplies, StructuredRepl
 log = logging.getLogger("blockvirt.nbd")
 
 _ALONE_TURNS = 8
-"""A session may spin once so many turns in a row, over all sessions, were its own."""
+"""A session may spin, and rest with its buffers, once so many turns in a row, over all sessions, were its own."""
 _COLD_TURNS = 16
 """Where spinning never paid, it is tried again every so many turns."""
 
@@ -239,6 +239,8 @@ class Session:
         """Spin only while nobody else has had a turn lately and no thread's result is due."""
         turns = self._turns
         if turns.last is not self:
+            if turns.last is not None and turns.in_a_row >= _ALONE_TURNS:
+                turns.last.give_back()
             turns.last, turns.in_a_row = self, 0
             return False
         turns.in_a_row += 1
@@ -252,12 +254,18 @@ class Session:
                 self._cold_turns += 1
                 if self._cold_turns >= _COLD_TURNS:
                     self._cold_turns, self._spins = 0, self._limits.spins
-        self._incoming.park()
-        self._outgoing.rest()
-        if self._incoming.charged:
-            self._watch_stall()
+        turns, charged = self._turns, self._incoming.charged
+        if turns.last is not self or turns.in_a_row < _ALONE_TURNS or charged or self._outgoing.charged:
+            self.give_back()
+            if charged and self._incoming.charged:
+                self._watch_stall()
         if not self._reading:
             self._watch(True)
+
+    def give_back(self) -> None:
+        """See TurnTaker."""
+        self._incoming.park()
+        self._outgoing.rest()
 
     def _pause(self) -> None:
         """Stop reading until output is sent, a slow request ends, or there is budget again."""

@@ -31,7 +31,10 @@ class ReplySink(Protocol):
     """What a session does with the outcome of a slow request."""
 
     def slow_reply(self, parts: Sequence[Part], buffer: Buffer | None, *, alone: bool) -> None:
-        """Send a reply; ``buffer`` is given back once it is sent. ``alone``: nothing else is in flight."""
+        """Send a reply; ``buffer`` is given back once it is sent. ``alone``: nothing else is in flight.
+
+        ``slow_done`` follows.
+        """
 
     def slow_done(self) -> None:
         """A slow request has ended, whatever became of it: there is room for another."""
@@ -153,8 +156,7 @@ class SlowLane:
         if self.full:
             return False
         if command == c.CMD_FLUSH:
-            self._start_flush(cookie)
-            return True
+            return self.start_flush(cookie)
         fua = bool(flags & c.CMD_FLAG_FUA)
         handle = self._handle
 
@@ -174,7 +176,10 @@ class SlowLane:
         self._start(command, cookie, work, None, charge)
         return True
 
-    def _start_flush(self, cookie: int) -> None:
+    def start_flush(self, cookie: int) -> bool:
+        """Start FLUSH."""
+        if self.count + len(self.added) >= self._most:
+            return False
         self.count += 1
         self._stats.in_flight += 1
         number = self._flush_number = self._flush_number + 1
@@ -183,6 +188,7 @@ class SlowLane:
             self._handle.start_flush(then)
         except Exception as error:
             asyncio.get_running_loop().call_soon(then, error)
+        return True
 
     def _flushed(self, number: int, cookie: int, began_s: float, failure: BaseException | None) -> None:
         if self._flushes.pop(number, None) is None:

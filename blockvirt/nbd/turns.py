@@ -21,6 +21,9 @@ class TurnTaker(Protocol):
     def scheduled_turn(self) -> None:
         """Work now. Raises nothing."""
 
+    def give_back(self) -> None:
+        """Hold no buffers that are not needed: others are at work."""
+
 
 class Turns:
     """Who had the last turns and who waits for the next. ``Session`` keeps it up to date: it is in the hot path."""
@@ -32,8 +35,8 @@ class Turns:
         """A turn that begins later than this must ask ``must_wait``."""
         self.last_s = 0.0
         """When requests were last answered."""
-        self.last: object = None
-        """Whose turn was the last."""
+        self.last: TurnTaker | None = None
+        """Whose turn was the last. If it is alone it may rest with its buffers: until somebody else has a turn."""
         self.in_a_row = 0
         """How many before it were the same session's: decides whether spinning would take time from somebody."""
         self._waiting: deque[TurnTaker] = deque()

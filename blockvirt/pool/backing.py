@@ -189,6 +189,11 @@ class BackingFile:
                 size_bytes += len(written)
         return taken if len(taken) == count <= FLUSH_EMBED_RANGES and size_bytes <= FLUSH_EMBED_BYTES else None
 
+    def forget_last_changes(self) -> None:
+        """Note that a sync speaks for what was written since the last flush."""
+        self._last_changes.clear()
+        self._noted_bytes = 0
+
     def read_cached(self, into: memoryview, position: int) -> bool:
         """Fill ``into`` from the page cache; False where that would block."""
         try:

@@ -223,7 +223,7 @@ def _freeze(volume: Volume, *, step: bool) -> Frozen | None:
         file.live_change = 0
         # Home, durably, before the commit; no flush comes until then. In a later generation it would be brought home
         # after a power cut although its chunk may be punched by then: that takes space, and there may be none.
-        file.take_last_changes()
+        file.forget_last_changes()
     if step:
         volume.map.step(epoch + 1)
     if journal is not None and switched:

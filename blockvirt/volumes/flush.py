@@ -10,9 +10,9 @@ time that a write and a flush take. Where several ask, a round waits for one tur
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from time import perf_counter
 
 from blockvirt.errors import BlockvirtError
 from blockvirt.limits import FLUSH_EMBED_BYTES
@@ -71,6 +71,7 @@ class Flusher:
         await self.syncing.acquire()
         # What is replied to from here on may lie behind what this round notes: who comes now joins the next.
         self._next = None
+        assert not self._volume.unsettled()
         self._begin(waiting)
 
     def _given_up(self, waiting: list[Then], _: "asyncio.Task[None]") -> None:
@@ -81,14 +82,15 @@ class Flusher:
 
     def _begin(self, waiting: list[Then]) -> None:
         """Do a round; ``syncing`` is held, and given back in the end."""
-        self._go_on(waiting, self._syncs(), time.perf_counter())
+        now_s = perf_counter()
+        self._go_on(waiting, self._syncs(), now_s, now_s)
 
-    def _go_on(self, waiting: list[Then], syncs: Iterator[Sync], began_s: float) -> None:
+    def _go_on(self, waiting: list[Then], syncs: Iterator[Sync], began_s: float, now_s: float) -> None:
         try:
             what, sync = next(syncs)
         except StopIteration:
             self._volume.stats.flushes += 1
-            self._volume.stats.flush_s += time.perf_counter() - began_s
+            self._volume.stats.flush_s += now_s - began_s
             self._end(waiting, self._volume.failure)
             return
         except BlockvirtError as error:
@@ -97,12 +99,13 @@ class Flusher:
         except Exception as error:  # what was noted is not synced, and no later round would look for it
             self._end(waiting, self._volume.stop("of a fault in blockvirt itself", error))
             return
-        sync_began_s = time.perf_counter()
+        sync_began_s = perf_counter()
 
         def ended(_: object, error: BaseException | None) -> None:
-            failure = sync_ended(self._volume, what, sync_began_s, error)
+            now_s = perf_counter()
+            failure = sync_ended(self._volume, what, now_s - sync_began_s, error)
             if failure is None:
-                self._go_on(waiting, syncs, began_s)
+                self._go_on(waiting, syncs, began_s, now_s)
             else:
                 self._end(waiting, failure)
 
@@ -123,13 +126,15 @@ class Flusher:
         """Note what a round speaks for, and give the syncs that it takes, one when the other is done."""
         volume = self._volume
         volume.check()
-        assert not volume.unsettled()
         journal = volume.journal
-        changes = [(file, file.take_last_changes()) for file in volume.files.open_files.values()]
+        files = volume.files.open_files.values()
         # Also where data lies in the journal: it would overwrite what is only synced at home after a power cut.
         if journal is None or not (journal.needs_mark() or journal.holds_data):
+            for file in files:
+                file.forget_last_changes()
             yield from data_syncs(volume)
             return
+        changes = [(file, file.take_last_changes()) for file in files]
         if not journal.needs_mark() and all(ranges == [] for _, ranges in changes):
             return  # the flush before this one spoke for everything
         upto = journal.map_sequence
@@ -231,7 +236,7 @@ async def sync_guarded(volume: Volume, what: str, sync: Callable[[], None]) -> N
 
     Who is cancelled waits for its end: until then the descriptors are in use.
     """
-    began_s = time.perf_counter()
+    began_s = perf_counter()
     error: BaseException | None = None
     failure: BlockvirtError | None = None
 
@@ -244,7 +249,7 @@ async def sync_guarded(volume: Volume, what: str, sync: Callable[[], None]) -> N
 
     def at_end() -> None:
         nonlocal failure
-        failure = sync_ended(volume, what, began_s, error)
+        failure = sync_ended(volume, what, perf_counter() - began_s, error)
 
     try:
         await volume.context.threads.run_to_end(work, at_end)
@@ -255,12 +260,12 @@ async def sync_guarded(volume: Volume, what: str, sync: Callable[[], None]) -> N
         raise failure
 
 
-def sync_ended(volume: Volume, what: str, began_s: float, error: BaseException | None) -> BlockvirtError | None:
+def sync_ended(volume: Volume, what: str, took_s: float, error: BaseException | None) -> BlockvirtError | None:
     """Count a sync, or stop the volume for its failure; returns what to tell those who wait for it."""
     if error is not None:
         stopped = volume.stop(what, error)
         stopped.__cause__ = error
         return stopped
     volume.stats.syncs += 1
-    volume.stats.sync_s += time.perf_counter() - began_s
+    volume.stats.sync_s += took_s
     return None

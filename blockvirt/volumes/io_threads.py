@@ -6,6 +6,7 @@ share a queue's wake one another to find it empty, and take the processor from t
 """
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -33,11 +34,15 @@ class IoThreads:
     def __init__(self, most: int) -> None:
         self._most = most
         self._threads: list[_Thread] = []
+        self._started = 0
+        """How many there are: asked in each call."""
         self._idle: list[_Thread] = []
         """Who sleeps, or is about to: the last to come is the first to be woken, as its caches are the warmest."""
         self._work: deque[tuple[Callable[[], Any], Then]] = deque()
         self._ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._bell = -1
+        """An eventfd: what is called where the loop finds it readable comes sooner than by call_soon_threadsafe."""
         self._results: deque[tuple[Then, Any, BaseException | None]] = deque()
         self._announced = False
         """The loop was told that there are results, and has not looked yet."""
@@ -54,16 +59,23 @@ class IoThreads:
 
         Raises RuntimeError where the system has no thread for it, and none was started before.
         """
-        self._loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._hang_bell()
         self._outstanding += 1
-        if len(self._threads) < min(self._outstanding, self._most):
+        if self._started < self._outstanding and self._started < self._most:
             self._start_one()
         self._work.append((work, then))
         self._wake_one()
 
+    def _hang_bell(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._bell, self._rung)
+
     def _start_one(self) -> None:
         try:
-            self._threads.append(_Thread(self._serve, f"blockvirt-io-{len(self._threads)}"))
+            self._threads.append(_Thread(self._serve, f"blockvirt-io-{self._started}"))
+            self._started += 1
         except RuntimeError:
             if not self._threads:  # else those that there are do it, in their time
                 self._outstanding -= 1
@@ -126,12 +138,12 @@ class IoThreads:
                 self._results.append((then, None, error))
             if not self._announced:
                 self._announced = True
-                assert self._loop is not None
-                try:
-                    self._loop.call_soon_threadsafe(self._deliver)
-                except RuntimeError:
-                    return  # the loop is closed: nobody waits any more
+                os.eventfd_write(self._bell, 1)
             del item, work, then  # nothing of it may live on while this thread waits for more
+
+    def _rung(self) -> None:
+        os.eventfd_read(self._bell)
+        self._deliver()
 
     def _deliver(self) -> None:
         # First: a result that is appended behind the last look below is announced anew.
@@ -142,18 +154,24 @@ class IoThreads:
             try:
                 then(value, error)
             except Exception as failure:  # our own mistake: it may cost nobody else a result
-                assert self._loop is not None
-                self._loop.call_exception_handler({"message": f"after work in a thread: {then}", "exception": failure})
+                context = {"message": f"after work in a thread: {then}", "exception": failure}
+                asyncio.get_running_loop().call_exception_handler(context)
 
     def close(self) -> None:
         """Wait for what was submitted and end the threads. Blocks. Idempotent."""
-        threads, self._threads = self._threads, []
+        threads, self._threads, self._started = self._threads, [], 0
         self._ending = True
         for _ in threads:
             self._wake_one()
         for each in threads:
             each.thread.join()
         self._ending = False  # work that comes even so gets a thread, as at the beginning
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            if not loop.is_closed():  # else nobody waits any more
+                loop.remove_reader(self._bell)
+                loop.call_soon(self._deliver)
+            os.close(self._bell)
 
 
 def _settle(future: "asyncio.Future[T]", value: T, error: BaseException | None) -> None:

@@ -169,6 +169,10 @@ class _AtOnce:
         self.start_copied_write(cookie, offset, data, fua=fua)
         self._give(buffer)
 
+    def start_flush(self, cookie: int) -> bool:
+        self._answer(c.CMD_FLUSH, cookie)
+        return True
+
     def start_other(self, flags: int, command: int, cookie: int, offset: int, length: int) -> bool:
         if command in (c.CMD_TRIM, c.CMD_WRITE_ZEROES):
             self._disk.clear(offset, length, punch=command == c.CMD_TRIM)

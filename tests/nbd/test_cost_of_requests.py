@@ -53,18 +53,18 @@ LOOKUP = {"Environment.begin": 1, "Transaction.cursor": 1, "Transaction.abort": 
 """Of the leaf that new chunks lie in."""
 
 COSTS = {
-    "read 4 KiB, depth 1": Cost(64, 2061, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
-    "read 4 KiB, depth 32": Cost(64, 408, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
-    "read 4 KiB, depth 8, 4 connections": Cost(64, 672, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
-    "read 1 MiB": Cost(8, 486, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
-    "write 4 KiB, depth 1": Cost(64, 2637, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, header and payload apart": Cost(64, 2701, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
-    "write 4 KiB, depth 32": Cost(64, 798, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
-    "write 4 KiB, depth 8, 4 connections": Cost(64, 1080, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
-    "write 4 KiB to new chunks, depth 32": Cost(64, 2345, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
+    "read 4 KiB, depth 1": Cost(64, 1927, {"recv_into": 127, "preadv": 64, "sendmsg": 64}),
+    "read 4 KiB, depth 32": Cost(64, 410, {"recv_into": 2, "preadv": 64, "sendmsg": 2}),
+    "read 4 KiB, depth 8, 4 connections": Cost(64, 680, {"recv_into": 8, "preadv": 64, "sendmsg": 8}),
+    "read 1 MiB": Cost(8, 472, {"recv_into": 16, "preadv": 8, "sendmsg": 8}),
+    "write 4 KiB, depth 1": Cost(64, 2503, {"recv_into": 127, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, header and payload apart": Cost(64, 2567, {"recv_into": 191, "pwrite": 64, "sendmsg": 64}),
+    "write 4 KiB, depth 32": Cost(64, 800, {"recv_into": 2, "pwrite": 64, "sendmsg": 2}),
+    "write 4 KiB, depth 8, 4 connections": Cost(64, 1088, {"recv_into": 8, "pwrite": 64, "sendmsg": 8}),
+    "write 4 KiB to new chunks, depth 32": Cost(64, 2347, {"recv_into": 2, **LOOKUP, "pwrite": 66, "sendmsg": 2}),
     "write 4 KiB first after a snapshot, depth 32": Cost(
         64,
-        2434,
+        2436,
         {
             "recv_into": 2,
             "preadv": 64,
@@ -75,15 +75,27 @@ COSTS = {
             "sendmsg": 2,
         },
     ),
-    "write 1 MiB": Cost(8, 555, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 600, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB": Cost(8, 525, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
+    "write 1 MiB to new chunks": Cost(4, 598, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
-        32, 2704, {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32,
+        2080,
+        {"recv_into": 64, "pwrite": 16, "sendmsg": 32, "fdatasync": 16, "eventfd_write": 16, "eventfd_read": 16},
     ),
     "write 4 KiB to a new chunk, flush": Cost(
-        32, 3893, {"recv_into": 64, **LOOKUP, "pwrite": 48, "sendmsg": 32, "fdatasync": 16, "call_soon_threadsafe": 16}
+        32,
+        3317,
+        {
+            "recv_into": 64,
+            **LOOKUP,
+            "pwrite": 48,
+            "sendmsg": 32,
+            "fdatasync": 16,
+            "eventfd_write": 16,
+            "eventfd_read": 16,
+        },
     ),
-    "trim a chunk": Cost(32, 4700, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
+    "trim a chunk": Cost(32, 4060, {"recv_into": 64, "pwrite": 32, "sendmsg": 32}),
 }
 
 

@@ -175,6 +175,32 @@ async def test_idle_connections_hold_no_buffers(bench: Bench, shared: SharedReso
     assert shared.pool.kept_bytes == 0
 
 
+async def test_who_worked_alone_keeps_small_buffers_until_another_has_a_turn(
+    bench: Bench, shared: SharedResources
+) -> None:
+    other = await bench.enter()
+    (others_session,) = sessions(bench)
+    client = await bench.enter()
+    (session,) = set(sessions(bench)) - {others_session}
+    for _ in range(20):
+        assert len(await client.read(0, 64 * KIB)) == 64 * KIB
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (shared.pool.lent, session.held_bytes, others_session.held_bytes) == (2, 2 * SMALL_BYTES, 0)
+    await client.read(0, 4 * MIB)  # a large one it gives back
+    async with asyncio.timeout(PATIENCE_S):
+        while shared.budget.used_bytes:  # noqa: ASYNC110 - nothing announces that a session rests
+            await asyncio.sleep(0)
+    for _ in range(20):
+        await client.read(0, 4 * KIB)
+    await other.read(0, 4 * KIB)
+    async with asyncio.timeout(PATIENCE_S):
+        while shared.pool.lent:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert session.held_bytes == others_session.held_bytes == 0
+    assert len(await client.read(0, 64 * KIB)) == 64 * KIB  # and goes on
+
+
 async def test_a_partial_request_is_parked_small(bench: Bench, shared: SharedResources) -> None:
     client = await bench.enter()
     write = client.start(c.CMD_WRITE, 0, 64 * KIB, bytes(1000))

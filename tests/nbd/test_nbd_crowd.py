@@ -116,8 +116,10 @@ class Guest:
 async def at_rest(shared: SharedResources) -> None:
     """Return when nobody holds or waits for anything, while all who are left are still connected."""
     async with asyncio.timeout(PATIENCE_S):
-        while shared.pool.lent or shared.budget.used_bytes or len(shared.budget) or shared.stats.in_flight:  # noqa: ASYNC110
+        while shared.budget.used_bytes or len(shared.budget) or shared.stats.in_flight or shared.pool.lent:
             await asyncio.sleep(0)
+            if shared.pool.lent <= 2 and shared.turns.last is not None:
+                shared.turns.last.give_back()  # as when somebody else has a turn
 
 
 async def history(seed: int, directory: Path) -> int:

@@ -32,6 +32,9 @@ class Worker:
     def __init__(self, turns: Turns, clock: Clock, name: str, history: list[str]) -> None:
         self.turns, self.clock, self.name, self.history, self.more = turns, clock, name, history, 0
 
+    def give_back(self) -> None:
+        """It holds nothing."""
+
     def scheduled_turn(self) -> None:
         """Work, and wait again if there is more."""
         self.history.append(self.name)

@@ -46,7 +46,7 @@ def _metadata_in_cache(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lmdb, "open", unsynced)
 
 
-def _go_on(volume: Volume, _what: str, _began_s: float, _error: BaseException | None) -> None:
+def _go_on(volume: Volume, _what: str, _took_s: float, _error: BaseException | None) -> None:
     volume.stats.syncs += 1
 
 
