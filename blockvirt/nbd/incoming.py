@@ -55,6 +55,11 @@ class Incoming:
         """Whether the buffer counts in the budget."""
         return self._buffer is not None and self._buffer.charge_bytes > 0
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a small buffer is held, and will do for what is expected."""
+        return self._buffer is not None and not self._buffer.charge_bytes and not self._expected_turns
+
     def receive(self) -> int:
         """Receive what is there. Returns its size; 0 if nothing is there, -1 at the end. Raises OSError."""
         if self._buffer is None:

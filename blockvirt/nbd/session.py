@@ -254,10 +254,15 @@ class Session:
                 self._cold_turns += 1
                 if self._cold_turns >= _COLD_TURNS:
                     self._cold_turns, self._spins = 0, self._limits.spins
-        turns, charged = self._turns, self._incoming.charged
-        if turns.last is not self or turns.in_a_row < _ALONE_TURNS or charged or self._outgoing.charged:
+        turns = self._turns
+        if (
+            turns.last is not self
+            or turns.in_a_row < _ALONE_TURNS
+            or not self._incoming.is_small
+            or self._outgoing.charged
+        ):
             self.give_back()
-            if charged and self._incoming.charged:
+            if self._incoming.charged:
                 self._watch_stall()
         if not self._reading:
             self._watch(True)

@@ -57,7 +57,8 @@ class IoThreads:
     def call(self, work: Callable[[], Any], then: Then) -> None:
         """Run ``work`` in a thread, then ``then`` on the loop, in the pass in which that hears of it.
 
-        Raises RuntimeError where the system has no thread for it, and none was started before.
+        Raises RuntimeError where the system has no thread for it, and none was started before; OSError where the first
+        call finds no descriptor.
         """
         if self._loop is None:
             self._hang_bell()
@@ -68,9 +69,10 @@ class IoThreads:
         self._wake_one()
 
     def _hang_bell(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._loop.add_reader(self._bell, self._rung)
+        loop.add_reader(self._bell, self._rung)
+        self._loop = loop
 
     def _start_one(self) -> None:
         try:

@@ -76,7 +76,7 @@ COSTS = {
         },
     ),
     "write 1 MiB": Cost(8, 525, {"recv_into": 24, "pwrite": 8, "sendmsg": 8}),
-    "write 1 MiB to new chunks": Cost(4, 598, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
+    "write 1 MiB to new chunks": Cost(4, 595, {"recv_into": 12, **LOOKUP, "pwrite": 8, "sendmsg": 4}),
     "write 4 KiB, flush": Cost(
         32,
         2080,
